@@ -1,0 +1,830 @@
+"""Inversion-based preference optimisation: what `train_inversion_dpo.py` and its SDXL twin have in common.
+
+    1  inversion     `invert` finds, by DDIM inversion, the noise that belongs to an image
+    2  objectives    `preference_loss` turns policy and reference errors into a DPO loss
+    3  pairs         reading preference pairs: a better and a worse image for one caption
+    4  training      LoRA, checkpoints, and the rest of what both scripts share
+
+Sections 1 and 2 are plain PyTorch and know neither the model nor the training script: copy them, or import this file,
+into a trainer of your own. Inversion-DPO is arXiv 2507.11554, DDIM-InPO is arXiv 2503.18454, Diffusion-DPO is
+arXiv 2311.12908.
+
+Symbols: abar_t = `alphas_cumprod[t]`, alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t), and the noise level
+s_t = sigma_t / alpha_t (0.029 at t = 0 and 14.6 at t = 999 for Stable Diffusion). Winner and loser images always
+travel in one batch (2B, ...): the B winners first, then the B losers.
+"""
+
+import argparse
+import contextlib
+import io
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+# 1  Inversion
+
+# Above this noise level a latent is noise to any model: steps that end there are first order, and no free node is
+# spent there. Only zero-terminal-SNR schedules reach it (Stable Diffusion's own ends at 14.6).
+HIGHEST_RESOLVED_LEVEL = 20.0
+KARRAS_RHO = 7.0  # Karras et al. 2022 (arXiv 2206.00364), equation 5
+LARGEST_HISTORY_WEIGHT = 2.0
+
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Trajectory(NamedTuple):
+    """One inversion pass, seen at its M targets per sample.
+
+    Attributes:
+        timesteps: (M, N) int64, the targets.
+        latents: (M, N, C, h, w), the inverted latents x_t.
+        noise: (M, N, C, h, w), the implied noise tau_t = (x_t - alpha_t x_0) / sigma_t: predicting it at (x_t, t)
+            makes the one-step estimate of x_0 exact. This is the target that the policy is trained on.
+        predicted: (M, N, C, h, w), the inverter's own noise predictions at (x_t, t), or None if not asked for.
+    """
+
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    noise: torch.Tensor
+    predicted: torch.Tensor | None
+
+
+def alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, like: torch.Tensor):
+    """Returns alpha_t and sigma_t (..., 1, 1, 1) for timesteps (...), on the device and in the dtype of `like`."""
+    alphas_cumprod = alphas_cumprod.double().cpu()
+    timesteps = timesteps.to(like.device)
+    # The tables, not the entries, travel to the device: indexing there needs no host synchronisation.
+    tables = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+    return tuple(table.to(like.dtype).to(like.device)[timesteps][..., None, None, None] for table in tables)
+
+
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """Returns x_t = alpha_t x_0 + sigma_t noise.
+
+    Args:
+        latents: (N, C, h, w), x_0.
+        noise: (..., N, C, h, w).
+        timesteps: (..., N) int64.
+        alphas_cumprod: (T,), the noise schedule.
+    """
+    alpha, sigma = alpha_sigma(timesteps, alphas_cumprod, latents)
+    return alpha * latents + sigma * noise
+
+
+def noise_from_model_output(
+    model_output: torch.Tensor,
+    x_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    """Returns the noise that a model's output stands for **at its own (x_t, t)**, float32 or wider.
+
+    v-prediction (Salimans & Ho 2022, arXiv 2202.00512) is v = alpha_t eps - sigma_t x_0, so that
+    eps = sigma_t x_t + alpha_t v.
+
+    Args:
+        model_output: (N, C, h, w), what the network returned for (x_t, timesteps).
+        x_t: (N, C, h, w), what the network was shown.
+        timesteps: (N,) int64.
+        alphas_cumprod: (T,), the noise schedule.
+        prediction_type: "epsilon" or "v_prediction", as in the scheduler's configuration.
+
+    Raises:
+        ValueError: for any other prediction type.
+    """
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction_type is {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
+    dtype = torch.promote_types(x_t.dtype, torch.float32)
+    if prediction_type == "epsilon":
+        return model_output.to(dtype)
+    alpha, sigma = alpha_sigma(timesteps, alphas_cumprod, x_t.to(dtype))
+    return sigma * x_t + alpha * model_output
+
+
+def inversion_nodes(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, num_steps: int, spacing: str = "karras"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places the nodes of an inversion: per sample, `num_steps` timesteps that contain all of its targets.
+
+    Node 0 is the clean image; nodes 1..n are returned. Every interval between neighbouring targets (the first begins
+    at t = 0) is divided evenly in s^(1/7) or in t, and the free nodes go one by one to the interval whose pieces are
+    then the longest. A division falls on the timestep nearest to it. Repeated nodes are steps of length zero.
+
+    Args:
+        timesteps: (M, N) int64, sorted along M: the targets of each of N samples.
+        alphas_cumprod: (T,), the noise schedule.
+        num_steps: n >= M.
+        spacing: "karras" divides evenly in s^(1/7), "uniform" in t.
+
+    Returns:
+        nodes: (n, N) int64 on the CPU, the timestep of node k + 1 in row k.
+        target_index: (M, N) int64 on the CPU, from 1 to n: the node that is target m, so that
+            `nodes.gather(0, target_index - 1)` equals `timesteps`. The last target is node n.
+    """
+    timesteps = timesteps.cpu()
+    num_targets, num_samples = timesteps.shape
+    if spacing == "karras":
+        coordinate = noise_levels(alphas_cumprod).clamp(max=HIGHEST_RESOLVED_LEVEL) ** (1 / KARRAS_RHO)
+    else:
+        coordinate = torch.arange(len(alphas_cumprod), dtype=torch.float64)
+
+    ends = timesteps
+    starts = torch.cat([torch.zeros_like(timesteps[:1]), timesteps[:-1]])
+    lengths = coordinate[ends] - coordinate[starts]
+    pieces = torch.ones_like(timesteps)
+    samples = torch.arange(num_samples)
+    for _ in range(num_steps - num_targets):
+        pieces[(lengths / pieces).argmax(0), samples] += 1
+
+    target_index = pieces.cumsum(0)
+    number = torch.arange(1, num_steps + 1)[:, None].expand(-1, num_samples)
+    interval = (target_index[None] < number[:, None]).sum(1)  # (n, N): the interval that each node ends a piece of
+    start, end, count = (x.gather(0, interval) for x in (starts, ends, pieces))
+    piece = number - (target_index.gather(0, interval) - count)  # 1..count
+    position = torch.lerp(coordinate[start], coordinate[end], piece / count.double())
+    above = torch.searchsorted(coordinate, position).clamp(1, len(coordinate) - 1)
+    nearest = torch.where(coordinate[above] - position < position - coordinate[above - 1], above, above - 1)
+    nodes = torch.where(piece == count, end, nearest.clamp(start, end))
+    return nodes, target_index
+
+
+def noise_levels(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Returns s_t = sigma_t / alpha_t, (T,) float64 on the CPU; infinite where alpha_t is 0."""
+    alphas_cumprod = alphas_cumprod.double().cpu()
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+
+def _step_weights(nodes: torch.Tensor, levels: torch.Tensor, order: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, per step and sample, the ratio s_p / s_q (n, N) and the history weight w (n, N), both float64.
+
+    Step k goes from level p, node k, to level q, node k + 1. w makes the estimate E = e_p + w (e_p - e_o) the mean
+    over the step of the line through e_o and e_p in log s (Adams-Bashforth of second order): with r = s_q / s_p,
+    w = (r ln r / (r - 1) - 1) / ln(s_p / s_o).
+    """
+    s_q = levels[nodes]
+    s_p = torch.cat([torch.zeros_like(s_q[:1]), s_q[:-1]])
+    repeated = s_p == s_q
+    ratio = torch.where(repeated, 1.0, s_p / s_q)
+    ratio[0] = 0.0  # from the clean image tau = E, whatever the level
+    weight = torch.zeros_like(ratio)
+    if order == 1:
+        return ratio, weight
+    s_o = levels[0].expand(nodes.shape[1])  # the first evaluation is eps(x_0, 0)
+    for k in range(1, len(nodes)):
+        r = s_q[k] / s_p[k]
+        w = (r * r.log() / (r - 1) - 1) / (s_p[k] / s_o).log()
+        usable = (s_p[k] > s_o) & (s_q[k] > s_p[k]) & (s_q[k] <= HIGHEST_RESOLVED_LEVEL)
+        weight[k] = torch.where(usable, w.clamp(0, LARGEST_HISTORY_WEIGHT), 0.0)
+        s_o = torch.where(repeated[k], s_o, s_p[k])
+    return ratio, weight
+
+
+def _check_inversion(latents, timesteps, alphas_cumprod, num_steps, order, spacing) -> None:
+    if latents.ndim != 4 or not latents.is_floating_point():
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)} and dtype {latents.dtype}; needed: (N, C, h, w), floating"
+        )
+    if alphas_cumprod.ndim != 1 or alphas_cumprod.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)} and dtype {alphas_cumprod.dtype}; needed: (T,), "
+            "float32 or float64 (half precision makes sigma_0 wrong or zero: keep a copy of your own)"
+        )
+    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+        raise ValueError(f"timesteps have dtype {timesteps.dtype}; needed: integers")
+    if timesteps.ndim != 2 or timesteps.shape[1] != len(latents) or len(timesteps) == 0:
+        raise ValueError(
+            f"timesteps have shape {tuple(timesteps.shape)}; needed: (N,) or (M, N) with N = {len(latents)}"
+        )
+    if not 1 <= len(timesteps) <= num_steps:
+        raise ValueError(f"num_steps is {num_steps}; needed: at least 1 and the number of targets, {len(timesteps)}")
+    if timesteps.numel() and (timesteps.min() < 0 or timesteps.max() >= len(alphas_cumprod)):
+        raise ValueError(
+            f"timesteps reach from {int(timesteps.min())} to {int(timesteps.max())}; "
+            f"allowed: 0 to {len(alphas_cumprod) - 1}"
+        )
+    if (timesteps[1:] < timesteps[:-1]).any():
+        raise ValueError("timesteps (M, N) fall along M; needed: timesteps[m] <= timesteps[m + 1] for every sample")
+    if order not in (1, 2):
+        raise ValueError(f"order is {order!r}; allowed: 1, 2")
+    if spacing not in ("karras", "uniform"):
+        raise ValueError(f"spacing is {spacing!r}; allowed: 'karras', 'uniform'")
+
+
+@torch.no_grad()
+def invert(
+    predict: Predict,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    num_steps: int = 8,
+    *,
+    order: int = 2,
+    spacing: str = "karras",
+    predict_at_targets: bool = False,
+) -> Trajectory:
+    """Inverts clean latents to chosen timesteps along the model's own DDIM trajectory (eta = 0).
+
+    DDIM (Song et al. 2021, arXiv 2010.02502, equation 12) from level p to level q moves x / alpha by s_q - s_p along a
+    noise estimate E. Carrying the implied noise tau as the state, this reads
+
+        tau_q = E + (s_p / s_q) (tau_p - E),      x_q = alpha_q x_0 + sigma_q tau_q
+
+    The model is always called at the level that the latent really has: E is its prediction there, extrapolated to
+    second order with the prediction before (Adams-Bashforth in log s). The first call shows it x_0 itself at t = 0.
+
+    Args:
+        predict: (x_t (N, C, h, w), timesteps (N,) int64) -> noise prediction (N, C, h, w). Bind model, prompt and
+            guidance to it; see `noise_from_model_output` for v-prediction. Without guidance the inversion is accurate;
+            at guidance 2 its error triples.
+        latents: (N, C, h, w), the clean, scaled latents x_0. The state is kept in float32, or float64 if they are.
+        timesteps: (N,) integers, each sample's target from 0 to T - 1; or (M, N), M targets per sample, sorted along
+            M, all reached exactly on the way to the last. Best on the CPU: reading them there waits for no device.
+        alphas_cumprod: (T,) float32 or float64, the noise schedule.
+        num_steps: n >= M, the number of steps, each one call of `predict`. M + 4 or more is recommended.
+        order: 2, or 1 for plain Euler steps.
+        spacing: "karras" (evenly in s^(1/7)) or "uniform" (evenly in t); see `inversion_nodes`.
+        predict_at_targets: also return the predictions at the targets. All but the last come with the inversion; the
+            last takes one call more, n + 1 in all.
+
+    Returns:
+        The `Trajectory`, on the device of `latents`.
+
+    Raises:
+        ValueError: if an argument has a wrong shape, dtype or range.
+    """
+    timesteps = timesteps[None] if timesteps.ndim == 1 else timesteps
+    _check_inversion(latents, timesteps, alphas_cumprod, num_steps, order, spacing)
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    timesteps = timesteps.long().cpu()
+    nodes, target_index = inversion_nodes(timesteps, alphas_cumprod, num_steps, spacing)
+    ratio, weight = _step_weights(nodes, noise_levels(alphas_cumprod), order)
+    abar = alphas_cumprod.double().cpu()[nodes]
+    tables = (abar.sqrt(), (1 - abar).sqrt(), ratio, weight, ratio != 1)
+    alpha, sigma, ratio, weight, moves = (
+        table.to(latents.dtype).to(latents.device)[..., None, None, None] for table in tables
+    )
+    node_timesteps = torch.cat([torch.zeros_like(nodes[:1]), nodes]).to(latents.device)
+    # targets_at[k]: which targets m of which samples i are node k
+    targets_at = [(target_index == k).nonzero().to(latents.device).unbind(1) for k in range(num_steps + 1)]
+    shape = (*timesteps.shape, *latents.shape[1:])
+    states, noise = latents.new_empty(shape), latents.new_empty(shape)
+    predicted = latents.new_empty(shape) if predict_at_targets else None
+
+    x, tau, e_o = latents, torch.zeros_like(latents), torch.zeros_like(latents)
+    for k in range(num_steps + int(predict_at_targets)):
+        e_p = predict(x, node_timesteps[k]).to(latents.dtype)
+        if e_p.shape != x.shape:
+            raise ValueError(f"predict returned shape {tuple(e_p.shape)}; needed: that of x_t, {tuple(x.shape)}")
+        m, i = targets_at[k]
+        if predict_at_targets:
+            predicted[m, i] = e_p[i]
+        if k == num_steps:
+            break
+        estimate = e_p + weight[k] * (e_p - e_o)
+        tau = torch.lerp(estimate, tau, ratio[k])
+        x = alpha[k] * latents + sigma[k] * tau
+        e_o = torch.lerp(e_o, e_p, moves[k])  # a step of length zero does not enter the history
+        m, i = targets_at[k + 1]
+        states[m, i], noise[m, i] = x[i], tau[i]
+    return Trajectory(timesteps.to(latents.device), states, noise, predicted)
+
+
+# 2  Objectives
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo")
+
+
+def sample_timesteps(uniforms: torch.Tensor, min_timestep: int, max_timestep: int) -> torch.Tensor:
+    """Returns timesteps drawn uniformly from min..max (inclusive), one from each of M equal strata, (M, B) int64.
+
+    Args:
+        uniforms: (M, B) in [0, 1), a random number per stratum and pair.
+        min_timestep, max_timestep: the band of training timesteps.
+    """
+    strata = torch.arange(len(uniforms), dtype=torch.float64)[:, None]
+    width = max_timestep - min_timestep + 1
+    offset = ((strata + uniforms.double()) / len(uniforms) * width).floor().long()
+    return min_timestep + offset.clamp(max=width - 1)
+
+
+def prediction_error(noise_prediction: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Returns the mean squared error of each example: (..., C, h, w) twice -> (...) in float32."""
+    return (noise_prediction.float() - noise.float()).square().mean(dim=(-3, -2, -1))
+
+
+def preference_loss(
+    policy_error: torch.Tensor,
+    reference_error: torch.Tensor,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Returns the preference loss of each pair and its metrics (Wallace et al. 2023, arXiv 2311.12908, equation 14).
+
+    With the log-ratio a = -(policy_error - reference_error), positive where the policy predicts better than the
+    reference, the logits are (beta / 2) (a_w - a_l). Minimising the loss lowers the winner's error and raises the
+    loser's.
+
+        sigmoid  -log sigmoid(logits); with label smoothing e: -(1 - e) log sigmoid(logits) - e log sigmoid(-logits)
+        hinge    relu(1 - logits)                   (SLiC, arXiv 2305.10425)
+        ipo      (logits - 1/2)^2                   (IPO, arXiv 2310.12036, in scaled form)
+
+    Args:
+        policy_error, reference_error: (..., 2B), the B winners first, then the B losers.
+        beta: the tie to the reference, "beta T omega" in Diffusion-DPO: larger keeps the policy closer.
+        loss_type: "sigmoid", "hinge" or "ipo".
+        label_smoothing: in [0, 0.5), the share of labels believed wrong; sigmoid only.
+
+    Returns:
+        loss: (..., B), not reduced.
+        metrics: detached (..., B): rewards/chosen = (beta / 2) a_w, rewards/rejected = (beta / 2) a_l,
+            rewards/accuracies (a tie counts one half) and rewards/margins = chosen - rejected, the logits.
+
+    Raises:
+        ValueError: for an unknown loss type, or label smoothing with a loss that has none.
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type is {loss_type!r}; allowed: {', '.join(LOSS_TYPES)}")
+    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type != "sigmoid"):
+        raise ValueError(f"label_smoothing is {label_smoothing}; allowed: [0, 0.5), and only with loss_type 'sigmoid'")
+    rewards = beta / 2 * (reference_error - policy_error)
+    chosen, rejected = rewards.chunk(2, dim=-1)
+    logits = chosen - rejected
+    if loss_type == "sigmoid":
+        loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    elif loss_type == "hinge":
+        loss = F.relu(1 - logits)
+    else:
+        loss = (logits - 0.5).square()
+    metrics = {
+        "rewards/chosen": chosen.detach(),
+        "rewards/rejected": rejected.detach(),
+        "rewards/accuracies": (logits.detach().sign() + 1) / 2,
+        "rewards/margins": logits.detach(),
+    }
+    return loss, metrics
+
+
+# 3  Preference pairs
+
+
+class Pair(NamedTuple):
+    """A winner and a loser, as anything `decode_image` takes, and their caption."""
+
+    winner: Any
+    loser: Any
+    caption: str
+
+
+class BadRow(Exception):
+    """A data row that cannot become a training example; the message says why."""
+
+
+def load_rows(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    cache_dir: str | None = None,
+):
+    """Returns the `datasets.Dataset` of a split: of a data set by name, or of a local folder.
+
+    Args:
+        dataset_name, dataset_config_name: whatever `datasets.load_dataset` takes.
+        train_data_dir: instead of a name, a folder that `save_to_disk` wrote, or one with parquet files.
+
+    Raises:
+        ValueError: if there is nothing to load, in one line that names the option.
+    """
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+
+    disable_progress_bars()
+    source = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
+    try:
+        if dataset_name:
+            rows = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+        elif not (folder := Path(train_data_dir)).is_dir():
+            raise FileNotFoundError("no such folder")
+        elif (folder / "state.json").exists():
+            rows = load_from_disk(folder)
+        elif (folder / "dataset_dict.json").exists():
+            rows = load_from_disk(folder / split)
+        elif any(folder.rglob("*.parquet")):
+            rows = load_dataset("parquet", data_dir=str(folder), split=split, cache_dir=cache_dir)
+        else:
+            raise FileNotFoundError("the folder holds neither parquet files nor what save_to_disk writes")
+    except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{source}, split {split!r}, cannot be loaded: {reason}") from error
+    if isinstance(rows, DatasetDict) or not hasattr(rows, "column_names"):
+        raise ValueError(f"{source} is not a single split of a map-style data set")
+    return rows
+
+
+class LabelledPairs:
+    """Preference pairs in Pick-a-Pic's shape: each row has two images, a caption, and a label for image 0.
+
+    Label 1 means that image 0 won, 0 that image 1 won, and 0.5 is a tie. Ties and rows without a valid label are left
+    out and counted. Another shape of data is another class with `__len__`, `__getitem__` that returns a `Pair` or
+    raises `BadRow`, `row_name` and `summary`.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        image_0_column, image_1_column, label_column, caption_column: the names of its columns.
+        max_pairs: keep the first so many pairs; all if None.
+
+    Raises:
+        ValueError: if a column is missing, or no pair is left.
+    """
+
+    def __init__(self, rows, image_0_column, image_1_column, label_column, caption_column, max_pairs=None):
+        from datasets import Image as ImageFeature
+
+        columns = {
+            "--image_0_column": image_0_column,
+            "--image_1_column": image_1_column,
+            "--label_column": label_column,
+            "--caption_column": caption_column,
+        }
+        for option, column in columns.items():
+            if column not in rows.column_names:
+                found = ", ".join(rows.column_names)
+                raise ValueError(f"{option} {column}: the data has no such column, only {found}")
+        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+        for column in (image_0_column, image_1_column):
+            if isinstance(rows.features[column], ImageFeature):  # decode in the workers, where errors can name the row
+                rows = rows.cast_column(column, ImageFeature(decode=False))
+        self.rows = rows
+        self.image_columns = (image_0_column, image_1_column)
+        self.label_column, self.caption_column = label_column, caption_column
+
+        labels = rows.select_columns([label_column]).with_format("arrow")[:].column(0).to_pylist()
+        kinds = np.array([label if label in (0, 0.5, 1) else np.nan for label in labels], dtype=float)
+        self.num_ties = int((kinds == 0.5).sum())
+        self.num_unlabelled = int(np.isnan(kinds).sum())
+        self.kept = np.flatnonzero((kinds == 0) | (kinds == 1))[:max_pairs]
+        if len(self.kept) == 0:
+            seen = ", ".join(dict.fromkeys(repr(label) for label in labels[:1000]))[:100]
+            raise ValueError(
+                f"no pair is left of {len(labels)} rows: {self.num_ties} ties, {self.num_unlabelled} labels that are "
+                f"none of 0, 0.5, 1 (--label_column {label_column} begins with {seen or 'nothing'})"
+            )
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Pair:
+        row = self.rows[int(self.kept[index])]
+        caption = row[self.caption_column]
+        if not isinstance(caption, str) or not caption.strip():
+            raise BadRow(f"the caption is {caption!r}")
+        image_0, image_1 = (row[column] for column in self.image_columns)
+        winner, loser = (image_0, image_1) if row[self.label_column] == 1 else (image_1, image_0)
+        return Pair(winner, loser, caption)
+
+    def row_name(self, index: int) -> str:
+        return f"row {self.kept[index]}"
+
+    def summary(self) -> str:
+        return f"{len(self)} pairs ({self.num_ties} ties and {self.num_unlabelled} rows without a label left out)"
+
+
+def decode_image(value: Any) -> Image.Image:
+    """Returns an upright RGB image from encoded bytes, a path, a `datasets` image ({"bytes", "path"}) or a PIL image.
+
+    EXIF orientation is applied, transparency becomes white.
+
+    Raises:
+        BadRow: if there is no image to be read.
+    """
+    try:
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, Image.Image):
+            if not isinstance(value, bytes | str):
+                raise TypeError(f"the image is of type {type(value).__name__}")
+            value = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+        image = ImageOps.exif_transpose(value)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises nearly every kind on damaged files
+        raise BadRow(f"unreadable image ({type(error).__name__}: {error})") from error
+
+
+def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, float], flip: bool) -> torch.Tensor:
+    """Returns the image as pixels (3, resolution, resolution) in [-1, 1].
+
+    The shorter side becomes `resolution`; `crop` (top, left) in [0, 1] places the square in what is left over,
+    relatively, so that two images of other shapes are cut alike: 0.5 is the centre.
+    """
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    top, left = round(crop[0] * (height - resolution)), round(crop[1] * (width - resolution))
+    pixels = np.asarray(image, dtype=np.float32)[top : top + resolution, left : left + resolution] / 127.5 - 1
+    pixels = pixels[:, ::-1] if flip else pixels
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def visit_rng(seed: int, visit: int, purpose: int = 0) -> np.random.Generator:
+    """Returns the random numbers of one visit: the running number of a pair over the whole run.
+
+    Draws that depend on nothing else are the same for any number of processes, any accumulation and after any restart.
+    """
+    return np.random.default_rng([seed, purpose, visit])
+
+
+class PreferenceDataset(torch.utils.data.Dataset):
+    """Training examples by (visit, index): pixels and all random draws of that visit.
+
+    `self[visit, index]` is a dict with
+        visit: the running number of the pair over the run;
+        pixel_values: (2, 3, resolution, resolution) in [-1, 1], winner and loser, cropped and flipped alike;
+        caption: str, empty for a share `proportion_empty_prompts` of the visits;
+        uniforms: (M,) float64 in [0, 1), from which `sample_timesteps` makes the training timesteps;
+        bad_rows: list of (name, reason) of unreadable pairs that this visit met and replaced by another.
+    """
+
+    MAX_ATTEMPTS = 100
+
+    def __init__(self, pairs, resolution, num_targets, seed, random_crop, random_flip, proportion_empty_prompts):
+        self.pairs, self.resolution, self.num_targets, self.seed = pairs, resolution, num_targets, seed
+        self.random_crop, self.random_flip = random_crop, random_flip
+        self.proportion_empty_prompts = proportion_empty_prompts
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, visit_and_index: tuple[int, int]) -> dict[str, Any]:
+        visit, index = visit_and_index
+        rng = visit_rng(self.seed, visit)
+        top, left, flip, empty, *uniforms = rng.random(4 + self.num_targets)
+        crop = (top, left) if self.random_crop else (0.5, 0.5)
+        flip = self.random_flip and flip < 0.5
+        bad_rows = []
+        for _ in range(self.MAX_ATTEMPTS):
+            try:
+                pair = self.pairs[index]
+                images = [decode_image(image) for image in (pair.winner, pair.loser)]
+                break
+            except BadRow as error:
+                bad_rows.append((self.pairs.row_name(index), str(error)))
+                index = int(rng.integers(len(self.pairs)))
+        else:
+            name, reason = bad_rows[0]
+            raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unreadable; the first: {name}, {reason}")
+        return {
+            "visit": visit,
+            "pixel_values": torch.stack([resize_and_crop(image, self.resolution, crop, flip) for image in images]),
+            "caption": "" if empty < self.proportion_empty_prompts else pair.caption,
+            "uniforms": torch.tensor(uniforms, dtype=torch.float64),
+            "bad_rows": bad_rows,
+        }
+
+
+class VisitBatches:
+    """An endless batch sampler of (visit, index) for one process of several; pass it as `batch_sampler`.
+
+    Visit v of the run is the pair at place v mod P of epoch v div P's permutation (P pairs). The processes take turns,
+    a batch each, so any division of an update's visits into processes and accumulation steps covers the same pairs,
+    and a restart only has to name its first visit.
+    """
+
+    def __init__(self, num_pairs, batch_size, seed, first_visit=0, process_index=0, num_processes=1):
+        self.num_pairs, self.batch_size, self.seed = num_pairs, batch_size, seed
+        self.first_visit = first_visit + process_index * batch_size
+        self.stride = num_processes * batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = None, None
+        first = self.first_visit
+        while True:
+            batch = []
+            for visit in range(first, first + self.batch_size):
+                if visit // self.num_pairs != epoch:
+                    epoch = visit // self.num_pairs
+                    order = np.random.default_rng([self.seed, 2, epoch]).permutation(self.num_pairs)
+                batch.append((visit, int(order[visit % self.num_pairs])))
+            yield batch
+            first += self.stride
+
+
+def forward_noise(visits: list[int], seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns standard normal noise (M, 2B, C, h, w), drawn by visit, the same for winner and loser.
+
+    Args:
+        visits: the B visits of the batch.
+        shape: (M, C, h, w), of one pair's noise.
+    """
+    generators = (torch.Generator().manual_seed(int(visit_rng(seed, visit, 1).integers(2**62))) for visit in visits)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators], dim=1)
+    return torch.cat([noise, noise], dim=1)
+
+
+class BadRowLog:
+    """Counts distinct unreadable rows and warns of the first few by name."""
+
+    def __init__(self, warn: Callable[[str], None], named: int = 10):
+        self.warn, self.named, self.reasons = warn, named, {}
+
+    def add(self, bad_rows: list[tuple[str, str]]) -> None:
+        for name, reason in bad_rows:
+            if name not in self.reasons and len(self.reasons) < self.named:
+                self.warn(f"{name} is skipped, another pair takes its place: {reason}")
+            self.reasons[name] = reason
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+
+# 4  Training
+
+
+def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
+    """Returns an argparse type: a finite int or float within the bounds."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and above < value < below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"is {text}; allowed: {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where `kind` itself cannot read the text
+    return parse
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+
+
+def map_condition(function: Callable, *conditions: dict[str, Any]) -> dict[str, Any]:
+    """Applies a function to every tensor of a (nested) conditioning dict, or to the matching tensors of several."""
+    mapped = {}
+    for key, value in conditions[0].items():
+        values = [condition[key] for condition in conditions]
+        mapped[key] = map_condition(function, *values) if isinstance(value, dict) else function(*values)
+    return mapped
+
+
+@contextlib.contextmanager
+def reference_policy(unet) -> Iterator[None]:
+    """Within it, `unet` is the reference policy: the same weights with the LoRA switched off."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
+@torch.no_grad()
+def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Returns scaled latents (N, C, h, w) in float32, the mode of the VAE's posterior, for pixels (N, 3, H, W)."""
+    pixel_values = pixel_values.to(vae.device, vae.dtype)
+    latents = [vae.encode(chunk).latent_dist.mode() for chunk in pixel_values.split(batch_size)]
+    return torch.cat(latents).float() * vae.config.scaling_factor
+
+
+def add_lora(unet, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
+    """Adds a LoRA in float32 to the U-Net's attention projections, freezes all else, and returns its parameters."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    unet.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    unet.add_adapter(config)
+    cast_training_params(unet, dtype=torch.float32)
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def save_lora(unet, folder: str | Path, pipeline_class) -> Path:
+    """Writes the U-Net's LoRA to `folder`, loadable with `pipe.load_lora_weights(folder)`, and returns the file."""
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    partial = "partial_" + LORA_FILE
+    pipeline_class.save_lora_weights(
+        save_directory=folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        weight_name=partial,
+        **_collate_lora_metadata({"unet": unet}),
+    )
+    return (Path(folder) / partial).replace(Path(folder) / LORA_FILE)
+
+
+def load_lora(unet, folder: str | Path, pipeline_class) -> None:
+    """Loads a LoRA that `save_lora` wrote into the U-Net's adapter "default", in float32.
+
+    Raises:
+        ValueError: if its parameters are not those of the U-Net's adapter (another rank, another model).
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state_dict, _ = pipeline_class.lora_state_dict(folder, weight_name=LORA_FILE)
+    state_dict = {key.removeprefix("unet."): value.float() for key, value in state_dict.items()}
+    state_dict = convert_unet_state_dict_to_peft(state_dict)
+    expected = {key: value.shape for key, value in get_peft_model_state_dict(unet).items()}
+    if expected != {key: value.shape for key, value in state_dict.items()}:
+        raise ValueError(f"{Path(folder) / LORA_FILE} does not fit: it belongs to another model or another --rank")
+    set_peft_model_state_dict(unet, state_dict, adapter_name="default")
+
+
+def register_lora_checkpointing(accelerator, unet, pipeline_class) -> None:
+    """Makes `accelerator.save_state` and `load_state` keep the LoRA instead of the whole U-Net."""
+
+    def save_hook(models, weights, folder):
+        if accelerator.is_main_process:
+            save_lora(unet, folder, pipeline_class)
+        if weights:
+            weights.pop()
+
+    def load_hook(models, folder):
+        models.clear()
+        load_lora(unet, folder, pipeline_class)
+
+    accelerator.register_save_state_pre_hook(save_hook)
+    accelerator.register_load_state_pre_hook(load_hook)
+
+
+def checkpoint_steps(output_dir: str | Path) -> dict[int, Path]:
+    """Returns the complete checkpoints of a run by their step, in rising order."""
+    found = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+            found[int(match[1])] = folder
+    return dict(sorted(found.items()))
+
+
+def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> tuple[int, Path | None]:
+    """Returns the step and the folder to resume from; (0, None) to start anew.
+
+    Args:
+        resume_from_checkpoint: a folder `checkpoint-<step>`, by path or by name within `output_dir`; "latest", which
+            is the newest in `output_dir`, or none if there is none yet; or None.
+
+    Raises:
+        ValueError: if the folder does not exist or is no checkpoint.
+    """
+    if resume_from_checkpoint is None:
+        return 0, None
+    if resume_from_checkpoint == "latest":
+        return max(checkpoint_steps(output_dir).items(), default=(0, None))
+    for folder in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and (folder / LORA_FILE).exists():
+            return int(match[1]), folder
+    raise ValueError(
+        f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; allowed are 'latest' and a folder "
+        f"checkpoint-<step> with {LORA_FILE} in it"
+    )
+
+
+def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit: int | None) -> None:
+    """Writes `checkpoint-<step>` whole or not at all, then removes the oldest beyond `total_limit`."""
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    partial = folder.with_name(f"partial-{folder.name}")
+    if accelerator.is_main_process:
+        for stale in Path(output_dir).glob("partial-checkpoint-*"):  # of a run that was killed while writing
+            shutil.rmtree(stale)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        if total_limit is not None:
+            for old in list(checkpoint_steps(output_dir).values())[:-total_limit]:
+                shutil.rmtree(old)
+
+
+def check_output_dir(output_dir: str, resumes: bool) -> None:
+    """Raises ValueError if the folder cannot be written, or holds a run that this one would overwrite."""
+    folder = Path(output_dir)
+    if not resumes and ((folder / LORA_FILE).exists() or checkpoint_steps(folder)):
+        raise ValueError(
+            f"--output_dir {output_dir} holds a LoRA or checkpoints already; name another folder, or continue that "
+            "run with --resume_from_checkpoint latest"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {error}") from error

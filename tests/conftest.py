@@ -1,0 +1,151 @@
+"""A random Stable Diffusion pipeline of a few kilobytes, preference pairs on disk, and the script run in-process."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import train_inversion_dpo
+
+torch.set_num_threads(1)
+
+CAPTIONS = ["a red circle", "a blue square", "a green heart", "a yellow star"]
+
+
+def build_pipeline(**scheduler_options):
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=4, scaling_factor=1.0,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, **scheduler_options,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of an epsilon-prediction SD pipeline with random weights: 32 px pictures, 4 x 4 latents."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    build_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_v_model(tmp_path_factory):
+    """The same as `tiny_model`, with v-prediction and zero terminal SNR."""
+    folder = tmp_path_factory.mktemp("tiny_v_model")
+    build_pipeline(prediction_type="v_prediction", rescale_betas_zero_snr=True).save_pretrained(folder)
+    return folder
+
+
+def encode(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def random_image(rng, size=(40, 32)):
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+def pair_rows(num_rows=8, seed=0):
+    """Rows in Pick-a-Pic's columns; winners are bright and losers dark, on either side."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(num_rows):
+        image = np.asarray(random_image(rng), dtype=float)
+        bright, dark = (encode(Image.fromarray(x.astype(np.uint8))) for x in (127 + image / 2, image / 2))
+        first_wins = int(rng.integers(2))
+        jpg_0, jpg_1 = (bright, dark) if first_wins else (dark, bright)
+        rows.append({"jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": float(first_wins), "caption": CAPTIONS[i % 4]})
+    return rows
+
+
+def write_parquet(rows, folder):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(rows).to_parquet(Path(folder) / "train-00000.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_dir(tmp_path_factory):
+    return write_parquet(pair_rows(), tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def train(tiny_model, pairs_dir, tmp_path, capsys):
+    """Runs the script's main with small settings and returns --output_dir; options by keyword, True for a flag."""
+
+    def run(output="run", **options):
+        output_dir = tmp_path / output
+        defaults = {
+            "pretrained_model_name_or_path": tiny_model, "train_data_dir": pairs_dir, "output_dir": output_dir,
+            "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "rank": 4, "report_to": "none",
+        }  # fmt: skip
+        argv = []
+        for name, value in {**defaults, **options}.items():
+            if value is not None:
+                argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        train_inversion_dpo.main(argv)
+        return output_dir
+
+    return run
+
+
+@pytest.fixture
+def refused(train, capsys):
+    """Runs the script with options that it must refuse, and returns the one line that it printed for it."""
+
+    def run(**options):
+        with pytest.raises(SystemExit) as stop:
+            train(**options)
+        assert stop.value.code == 2
+        usage, message = capsys.readouterr().err.strip().splitlines()
+        assert usage.startswith("usage: ")
+        return message.split(": error: ", 1)[1]
+
+    return run
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    """Makes loading any weights a failure."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(train_inversion_dpo, "load_models", load)
+
+
+def write_json(path, **changes):
+    """Changes entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
