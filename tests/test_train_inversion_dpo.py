@@ -1,0 +1,385 @@
+"""The SD script end to end: from pairs on disk to a LoRA, on a random pipeline of a few kilobytes."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import pair_rows, write_json, write_parquet
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import train_inversion_dpo
+from inversion_utils import LORA_FILE
+
+ROOT = Path(train_inversion_dpo.__file__).parent
+
+
+def lora(output_dir):
+    return load_file(output_dir / LORA_FILE)
+
+
+def assert_same(a, b, atol=0.0):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol)
+
+
+def draw_picture(pipe, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        "a red circle", height=32, width=32, num_inference_steps=3, generator=generator, output_type="pt"
+    ).images
+
+
+def logged(output_dir, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output_dir / "logs" / "inversion-dpo")).Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo", "diffusion_dpo"])
+def test_lora_loads_into_the_pipeline_and_changes_the_picture(train, tiny_model, objective):
+    output_dir = train(objective=objective, learning_rate=1e-2)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    before = draw_picture(pipe)
+    pipe.load_lora_weights(output_dir)
+    after = draw_picture(pipe)
+    pipe.unload_lora_weights()
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(draw_picture(pipe), before)
+
+
+def test_base_weights_stay_bit_identical(train, tiny_model, monkeypatch):
+    loaded = []
+
+    def load_models(*args):
+        loaded.extend(original(*args))
+        return loaded
+
+    original = train_inversion_dpo.load_models
+    monkeypatch.setattr(train_inversion_dpo, "load_models", load_models)
+    train(learning_rate=1e-2)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    for trained, untouched in zip(loaded[1:], (pipe.text_encoder, pipe.vae, pipe.unet), strict=True):
+        weights = {key.replace(".base_layer", ""): value for key, value in trained.state_dict().items()}
+        for key, value in untouched.state_dict().items():
+            assert torch.equal(weights[key], value), key
+    assert any("lora_B" in key and value.any() for key, value in loaded[3].state_dict().items())
+
+
+@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo", "diffusion_dpo"])
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_v_model"])
+def test_the_first_update_tells_winner_from_loser(train, tmp_path, request, objective, model):
+    output_dir = train(
+        pretrained_model_name_or_path=request.getfixturevalue(model),
+        train_data_dir=write_parquet(pair_rows(1), tmp_path / "pair"),  # each visit has its own timesteps
+        objective=objective, train_batch_size=16, learning_rate=3e-3, report_to="tensorboard",
+    )  # fmt: skip
+    before, after = logged(output_dir, "rewards/margins")
+    assert abs(before) < 1e-3 and after > 0.01
+    assert logged(output_dir, "rewards/accuracies")[1] > 0.9
+    assert logged(output_dir, "loss")[1] < logged(output_dir, "loss")[0]
+
+
+def test_unet_calls_of_an_update(train, monkeypatch):
+    """n + 1 reference calls on 2B latents and one policy call on M 2B; the policy's alone has a gradient."""
+    calls = []
+    original = train_inversion_dpo.predict_noise
+
+    def predict_noise(unet, x_t, *args):
+        noise = original(unet, x_t, *args)
+        calls.append((len(x_t), noise.requires_grad))
+        return noise
+
+    monkeypatch.setattr(train_inversion_dpo, "predict_noise", predict_noise)
+    train("a", max_train_steps=1)
+    assert calls == [(4, False)] * 9 + [(16, True)]
+    calls.clear()
+    train("b", max_train_steps=1, objective="inpo", inversion_steps=3)
+    assert calls == [(4, False)] * 4 + [(4, True)]
+    calls.clear()
+    train("c", max_train_steps=1, objective="inpo", inversion_steps=3, inversion_model="policy")
+    assert calls == [(4, False)] * 4 + [(4, True)]  # 3 by the policy, 1 by the reference
+    calls.clear()
+    train("d", max_train_steps=1, objective="inpo", inversion_steps=3, inversion_guidance_scale=2.0)
+    assert calls == [(8, False)] * 3 + [(4, False), (4, True)]
+    calls.clear()
+    train("e", max_train_steps=1, objective="diffusion_dpo", timesteps_per_pair=2)
+    assert calls == [(8, False), (8, True)]
+
+
+def test_who_inverts(train, monkeypatch):
+    """The reference inverts with the LoRA off, the policy with it on."""
+    enabled = []
+    original = train_inversion_dpo.invert
+
+    def invert(predict, *args, **options):
+        layer = next(m for m in unets[-1].modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A"))
+        enabled.append(not layer.disable_adapters)
+        return original(predict, *args, **options)
+
+    unets = []
+    add_lora = train_inversion_dpo.add_lora
+    monkeypatch.setattr(
+        train_inversion_dpo, "add_lora", lambda unet, *args: unets.append(unet) or add_lora(unet, *args)
+    )
+    monkeypatch.setattr(train_inversion_dpo, "invert", invert)
+    train("a", max_train_steps=1)
+    train("b", max_train_steps=1, inversion_model="policy")
+    assert enabled == [False, True]
+
+
+def test_the_gradient_at_the_start_is_not_zero(train):
+    """Comparing policy and reference with each other, as Inversion-DPO's released code does, has no gradient here."""
+    moved = lora(train(max_train_steps=1, learning_rate=1e-3))
+    assert all(value.abs().max() > 1e-4 for key, value in moved.items() if "lora_B" in key or "lora.up" in key)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mixed_precision": "bf16"},
+        {"mixed_precision": "fp16"},
+        {"gradient_checkpointing": True},
+        {"use_8bit_adam": True},
+        {"loss_type": "hinge"},
+        {"loss_type": "ipo"},
+        {"label_smoothing": 0.1},
+        {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        {"inversion_order": 1, "inversion_spacing": "uniform"},
+        {"proportion_empty_prompts": 0.5, "random_crop": True, "random_flip": True, "dataloader_num_workers": 1},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_train(train, options):
+    weights = lora(train(max_train_steps=2, **options))
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    assert sum(value.abs().sum() for key, value in weights.items() if "lora_B" in key or "lora.up" in key) > 0
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "half_the_batch_twice"])
+def test_same_weights_another_way(train, option):
+    """Checkpointing and accumulation are ways to save memory, not another run."""
+    plain = lora(train("plain", train_batch_size=4, max_train_steps=3))
+    other = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = other if option == "half_the_batch_twice" else {"train_batch_size": 4, option: True}
+    assert_same(lora(train("other", max_train_steps=3, **options)), plain, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 1, "gradient_accumulation_steps": 3}], ids=str)
+def test_resuming_equals_never_stopping(train, options):
+    options = {"random_flip": True, "objective": "inpo", "lr_scheduler": "linear", **options}
+    whole = train("whole", max_train_steps=6, checkpointing_steps=3, **options)
+    stopped = whole.with_name("stopped")
+    stopped.mkdir()
+    shutil.copytree(whole / "checkpoint-3", stopped / "checkpoint-3")
+    resumed = train("stopped", max_train_steps=6, resume_from_checkpoint="latest", **options)
+    assert_same(lora(resumed), lora(whole))
+    assert not any(torch.equal(value, lora(whole / "checkpoint-3")[key]) for key, value in lora(whole).items())
+
+
+def test_checkpoints_are_limited(train):
+    output_dir = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-3", "checkpoint-4", LORA_FILE]
+
+
+def test_seeds_differ_and_repeat(train):
+    first, again, other = (lora(train(str(i), seed=seed, max_train_steps=1)) for i, seed in enumerate((0, 0, 1)))
+    assert_same(first, again)
+    assert not any(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_max_grad_norm_bites(train):
+    """With an epsilon far above the gradient Adam's step is proportional to it, so clipping shortens the step."""
+    options = {"max_train_steps": 1, "adam_epsilon": 1e4, "learning_rate": 1e4, "report_to": "tensorboard"}
+    free_dir = train("free", max_grad_norm=1e9, adam_weight_decay=0, **options)
+    norm = logged(free_dir, "grad_norm")[0]
+    clipped = lora(train("clipped", max_grad_norm=norm / 10, adam_weight_decay=0, **options))
+    free = lora(free_dir)
+    up = [key for key in free if "lora_B" in key or "lora.up" in key]
+    for key in up:
+        torch.testing.assert_close(clipped[key], free[key] / 10, rtol=1e-2, atol=1e-7)
+
+
+def test_logged_metrics(train):
+    output_dir = train(max_train_steps=3, report_to="tensorboard", lr_scheduler="linear", learning_rate=3e-4)
+    for tag in ("loss", "rewards/chosen", "rewards/rejected", "policy_error", "reference_error", "grad_norm"):
+        values = logged(output_dir, tag)
+        assert len(values) == 3 and all(abs(value) < 1e3 for value in values), tag
+    assert logged(output_dir, "lr") == pytest.approx([3e-4, 2e-4, 1e-4])
+    assert logged(output_dir, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
+    chosen, rejected = logged(output_dir, "rewards/chosen"), logged(output_dir, "rewards/rejected")
+    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
+    assert logged(output_dir, "rewards/margins") == pytest.approx(margins, abs=1e-5)
+
+
+@pytest.fixture
+def timesteps_seen(monkeypatch):
+    """The timesteps (M, 2B) of every batch that is inverted."""
+    seen = []
+    original = train_inversion_dpo.invert
+
+    def invert(predict, latents, timesteps, *args, **options):
+        seen.append(timesteps)
+        return original(predict, latents, timesteps, *args, **options)
+
+    monkeypatch.setattr(train_inversion_dpo, "invert", invert)
+    return seen
+
+
+def test_zero_terminal_snr_is_never_trained_at_its_last_timestep(train, tiny_v_model, timesteps_seen):
+    model = {"pretrained_model_name_or_path": tiny_v_model}
+    train("band", min_timestep=998, train_batch_size=8, objective="inpo", max_train_steps=1, **model)
+    assert set(torch.cat(timesteps_seen).flatten().tolist()) == {998}
+
+
+def test_winner_and_loser_share_timesteps_and_pairs_do_not(train, timesteps_seen):
+    train(max_train_steps=1, train_batch_size=4, min_timestep=200, max_timestep=599)
+    winners, losers = timesteps_seen[0].chunk(2, dim=1)
+    assert winners.shape == (4, 4) and torch.equal(winners, losers)
+    assert len(set(winners[0].tolist())) > 1
+    for m in range(4):  # one in each quarter of the band
+        assert ((200 + 100 * m <= winners[m]) & (winners[m] < 300 + 100 * m)).all()
+
+
+def test_broken_rows_are_replaced_counted_and_named(train, tmp_path, caplog):
+    rows = pair_rows(6)
+    rows[2]["jpg_1"] = rows[2]["jpg_1"][:50]
+    rows[4]["caption"] = None
+    rows[5]["label_0"] = 0.5
+    output_dir = train(train_data_dir=write_parquet(rows, tmp_path / "broken"), train_batch_size=5, max_train_steps=2)
+    assert (output_dir / LORA_FILE).exists()
+    warnings = [record.getMessage() for record in caplog.records]
+    assert sum("row 2 is skipped" in line and "unreadable image" in line for line in warnings) == 1
+    assert sum("row 4 is skipped" in line and "the caption is None" in line for line in warnings) == 1
+    assert any("5 pairs (1 ties" in line for line in warnings)
+    assert any("2 unreadable rows were skipped" in line for line in warnings)
+
+
+def test_all_rows_broken(refused, no_models, tmp_path):
+    rows = [{**row, "jpg_0": b"not an image"} for row in pair_rows(4)]
+    message = refused(train_data_dir=write_parquet(rows, tmp_path / "broken"))
+    assert "unreadable" in message and "row" in message
+
+
+def bad_scheduler(folder):
+    write_json(folder / "scheduler" / "scheduler_config.json", prediction_type="sample")
+
+
+def sdxl_unet(folder):
+    write_json(folder / "unet" / "config.json", addition_embed_type="text_time")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"train_data_dir": None}, ["--dataset_name", "--train_data_dir"]),
+        ({"dataset_name": "x"}, ["--dataset_name", "--train_data_dir"]),
+        ({"rank": 0}, ["--rank", "0", "at least 1"]),
+        ({"rank": "many"}, ["--rank", "many"]),
+        ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+        ({"beta_dpo": -1}, ["--beta_dpo", "-1", "above 0"]),
+        ({"proportion_empty_prompts": 1.5}, ["--proportion_empty_prompts", "1.5"]),
+        ({"label_smoothing": 0.5}, ["--label_smoothing", "0.5", "below 0.5"]),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "sigmoid", "ipo"]),
+        ({"loss_type": "dpo"}, ["--loss_type", "dpo", "sigmoid"]),
+        ({"resolution": 100}, ["--resolution", "100", "8"]),
+        ({"inversion_steps": 3}, ["--inversion_steps", "3", "4"]),
+        ({"inversion_guidance_scale": 0.5}, ["--inversion_guidance_scale", "0.5", "at least 1"]),
+        ({"min_timestep": 500, "max_timestep": 400}, ["--min_timestep 500", "--max_timestep 400"]),
+        ({"max_timestep": 1000}, ["--max_timestep 1000", "999"]),
+        ({"report_to": "nothing"}, ["--report_to", "nothing", "tensorboard"]),
+        ({"report_to": "dvclive"}, ["--report_to dvclive", "pip install dvclive"]),
+        ({"resume_from_checkpoint": "checkpoint-7"}, ["--resume_from_checkpoint", "checkpoint-7", "latest"]),
+        ({"pretrained_model_name_or_path": "no/such/model"}, ["--pretrained_model_name_or_path no/such/model"]),
+        ({"train_data_dir": "no/such/data"}, ["--train_data_dir no/such/data", "no such folder"]),
+        ({"dataset_split_name": "nowhere"}, ["nowhere", "cannot be loaded"]),
+        ({"label_column": "label"}, ["--label_column label", "label_0"]),
+        ({"label_column": "caption"}, ["no pair is left", "--label_column caption", "a red circle"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_mistakes_end_the_run_in_one_line_before_any_weights_load(refused, no_models, options, named):
+    message = refused(**options)
+    assert all(text in message for text in named), message
+
+
+@pytest.mark.parametrize(("damage", "named"), [(bad_scheduler, "'sample'"), (sdxl_unet, "SDXL")])
+def test_unsuitable_models_are_refused(refused, no_models, tiny_model, tmp_path, damage, named):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    damage(folder)
+    message = refused(pretrained_model_name_or_path=folder)
+    assert str(folder) in message and named in message
+
+
+def test_only_ties(refused, no_models, tmp_path):
+    rows = [{**row, "label_0": 0.5} for row in pair_rows(4)]
+    message = refused(train_data_dir=write_parquet(rows, tmp_path / "ties"))
+    assert "no pair is left of 4 rows: 4 ties" in message
+
+
+def test_an_output_dir_in_use_is_refused_and_kept(train, refused, no_models, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / LORA_FILE).write_bytes(b"precious")
+    assert "--output_dir" in refused() and (folder / LORA_FILE).read_bytes() == b"precious"
+
+
+def test_a_checkpoint_of_another_rank_is_refused(train):
+    train(max_train_steps=1, checkpointing_steps=1)
+    with pytest.raises(ValueError, match="another --rank"):
+        train(max_train_steps=2, rank=8, resume_from_checkpoint="latest")
+
+
+def test_args_are_not_changed(train, monkeypatch):
+    seen = []
+    original = train_inversion_dpo.parse_args
+
+    def parse_args(argv):
+        args, error = original(argv)
+        seen.extend([args, dict(vars(args))])
+        return args, error
+
+    monkeypatch.setattr(train_inversion_dpo, "parse_args", parse_args)
+    train(max_train_steps=1)
+    assert vars(seen[0]) == seen[1]
+
+
+def test_copied_alone_into_an_empty_folder_it_trains(tiny_model, pairs_dir, tmp_path):
+    """Two files are enough, and what is left behind is what DESIGN promises."""
+    for name in ("train_inversion_dpo.py", "inversion_utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    digest = {path: hashlib.sha256(path.read_bytes()).digest() for path in tiny_model.rglob("*") if path.is_file()}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train_inversion_dpo.py",
+        "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pairs_dir, "--output_dir", "out",
+        "--resolution", "32", "--max_train_steps", "2", "--rank", "4",
+    ]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "acc=" in done.stderr and "margin=" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["logs", LORA_FILE]
+    assert all(hashlib.sha256(path.read_bytes()).digest() == value for path, value in digest.items())
+
+
+def test_two_processes_equal_one(train, tiny_model, pairs_dir, tmp_path):
+    """Two CPU processes (gloo) with a batch of 2 take the same steps as one with a batch of 4."""
+    one = lora(train("one", train_batch_size=4, max_train_steps=3))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533",
+        ROOT / "train_inversion_dpo.py", "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pairs_dir,
+        "--output_dir", tmp_path / "two", "--resolution", "32", "--train_batch_size", "2", "--max_train_steps", "3",
+        "--rank", "4", "--report_to", "none",
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "updates of 4 pairs" in done.stderr
+    assert_same(lora(tmp_path / "two"), one, atol=2e-6)

@@ -1,0 +1,505 @@
+#!/usr/bin/env python
+# /// script
+# dependencies = [
+#     "torch>=2.6",
+#     "diffusers>=0.42.0",
+#     "transformers>=5.0",
+#     "accelerate>=1.15",
+#     "peft>=0.21",
+#     "datasets>=5.0",
+#     "pillow",
+#     "numpy",
+#     "tensorboard",
+# ]
+# ///
+"""Aligns Stable Diffusion 1.5 / 2.x with preference pairs: a LoRA by inversion-based DPO.
+
+    accelerate launch train_inversion_dpo.py --pretrained_model_name_or_path=... --dataset_name=... --output_dir=...
+
+Each step: 1 encode winner, loser and caption; 2 invert both images with the reference policy (the U-Net without its
+LoRA) to a few timesteps, which yields the noise that belongs to each image; 3 states x_t and targets tau; 4 the
+policy's and the reference's errors, and the DPO loss on them.
+
+Against the papers: 1 the target is the noise implied by the image, not the reference's prediction (with which a LoRA
+never starts to move); 2 the latent is inverted to exactly the timestep it is trained at; 3 a LoRA is trained, not the
+whole U-Net. README.md explains each. Needs `inversion_utils.py` beside it, nothing else.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xformers_available
+from diffusers.utils.torch_utils import is_compiled_module
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from inversion_utils import (
+    LOSS_TYPES,
+    BadRowLog,
+    LabelledPairs,
+    PreferenceDataset,
+    Trajectory,
+    VisitBatches,
+    add_lora,
+    add_noise,
+    check_output_dir,
+    encode_images,
+    find_checkpoint,
+    forward_noise,
+    invert,
+    load_rows,
+    map_condition,
+    noise_from_model_output,
+    number,
+    prediction_error,
+    preference_loss,
+    reference_policy,
+    register_lora_checkpointing,
+    sample_timesteps,
+    save_checkpoint,
+    save_lora,
+)
+
+check_min_version("0.42.0")
+logger = get_logger(__name__, log_level="INFO")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Align Stable Diffusion 1.5 / 2.x with preference pairs by inversion-based DPO.",
+        usage="%(prog)s --pretrained_model_name_or_path M --dataset_name D --output_dir O [options, see --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    count, natural, positive = number(int, least=1), number(int, least=0), number(float, above=0)
+    fraction = number(float, least=0, below=1)
+
+    # fmt: off
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True,
+        help="model to align: a Hub id or a folder in diffusers' layout")
+    add("--pretrained_vae_model_name_or_path", help="another VAE than the model's own")
+    add("--revision", help="revision of the model on the Hub")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--cache_dir", help="where downloads are kept")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset_name", help="preference pairs: whatever datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split_name", default="train", help="split to train on")
+    add("--train_data_dir", help="instead of a name: a folder of parquet files, or one written by save_to_disk")
+    add("--image_0_column", default="jpg_0", help="column of the first image: encoded bytes or images")
+    add("--image_1_column", default="jpg_1", help="column of the second image")
+    add("--label_column", default="label_0",
+        help="column that is 1 where image 0 won, 0 where image 1 won, 0.5 for a tie")
+    add("--caption_column", default="caption", help="column of the caption")
+    add("--max_train_samples", type=count, help="train on the first so many pairs only")
+    add("--resolution", type=int, default=512, help="pixels of a side; higher is slower and takes more memory")
+    add("--random_crop", action="store_true", help="crop at random, winner and loser alike, instead of at the centre")
+    add("--random_flip", action="store_true", help="mirror half of the pairs, winner and loser alike")
+    add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions emptied; the papers use 0.2")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that load images; 0: the main one")
+
+    group = parser.add_argument_group("objective and inversion")
+    add = group.add_argument
+    add("--objective", choices=["inversion_dpo", "inpo", "diffusion_dpo"], default="inversion_dpo",
+        help="what is compared: the mean over an inversion trajectory, single inverted states, or plain forward noise")
+    add("--timesteps_per_pair", type=count,
+        help="targets per pair; more: steadier and slower (4 for inversion_dpo, else 1)")
+    add("--min_timestep", type=natural, default=0, help="lowest training timestep")
+    add("--max_timestep", type=natural,
+        help="highest training timestep; a band of high ones learns layout faster, not detail")
+    add("--inversion_steps", type=count, help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4)")
+    add("--inversion_model", choices=["reference", "policy"], default="reference",
+        help="who inverts; the reference's predictions are then also the loss's, the policy costs extra calls")
+    add("--inversion_order", type=int, choices=[1, 2], default=2,
+        help="order of the inversion's steps; 1 is plain Euler")
+    add("--inversion_spacing", choices=["karras", "uniform"], default="karras", help="where the inversion's steps lie")
+    add("--inversion_guidance_scale", type=number(float, least=1), default=1.0,
+        help="guidance while inverting; above 1 it is inexact")
+    add("--beta_dpo", type=positive, default=2000.0,
+        help="tie to the reference, higher stays closer; the loss has beta / 2, diffusers' SD script has beta")
+    add("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="loss on the difference of winner and loser")
+    add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0,
+        help="share of labels believed wrong; sigmoid only")
+
+    group = parser.add_argument_group("LoRA and optimization")
+    add = group.add_argument
+    add("--rank", type=count, default=16, help="rank of the LoRA; higher learns more and takes more memory")
+    add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
+    add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
+    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
+    add("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant",
+        help="course of the learning rate")
+    add("--lr_warmup_steps", type=natural, default=0, help="updates over which the learning rate rises from 0")
+    add("--train_batch_size", type=count, default=4,
+        help="pairs per process and forward; more is steadier, takes memory")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per update; more is steadier and slower")
+    add("--num_train_epochs", type=count, default=1, help="passes over the pairs, if --max_train_steps is not given")
+    add("--max_train_steps", type=count, help="updates in all, instead of --num_train_epochs")
+    add("--use_8bit_adam", action="store_true", help="Adam with 8-bit states, by bitsandbytes")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of Adam's mean; higher remembers longer")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of Adam's variance; higher is smoother")
+    add("--adam_weight_decay", type=fraction, default=1e-2, help="weight decay of the LoRA; higher keeps it smaller")
+    add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher is calmer")
+    add("--max_grad_norm", type=positive, default=1.0, help="gradients are scaled down to this norm; lower is calmer")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy step")
+    add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; less takes less memory")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="precision of the frozen parts (accelerate's setting)")
+    add("--allow_tf32", action="store_true", help="faster float32 products on Ampere GPUs and later, less exact")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention instead of SDPA")
+
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output_dir", required=True, help="folder for the LoRA, checkpoints and logs")
+    add("--seed", type=natural, default=0, help="the same seed gives the same run")
+    add("--checkpointing_steps", type=count, default=100, help="updates between two checkpoints")
+    add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
+    add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
+    add("--logging_dir", default="logs", help="folder of the logs, within --output_dir")
+    add("--report_to", choices=[*LoggerType.list(), "none"], default="tensorboard", help="where metrics are logged")
+    # fmt: on
+
+    args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    return args, parser.error
+
+
+def check_args(args, error):
+    """Ends the run by `error` if an option is out of its range or contradicts another."""
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        error("give the data by either --dataset_name or --train_data_dir")
+    if args.resolution < 8 or args.resolution % 8:
+        error(f"--resolution is {args.resolution}; allowed: multiples of 8")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        error(f"--label_smoothing goes with --loss_type sigmoid, not {args.loss_type}")
+    if inversion_steps(args) < timesteps_per_pair(args):
+        error(
+            f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
+        )
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        error("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.report_to not in ("all", "none", *map(str, get_available_trackers())):
+        error(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
+        error("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+
+def timesteps_per_pair(args):
+    return args.timesteps_per_pair or (4 if args.objective == "inversion_dpo" else 1)
+
+
+def inversion_steps(args):
+    return args.inversion_steps or timesteps_per_pair(args) + 4
+
+
+def timestep_band(args, noise_scheduler):
+    """Returns the lowest and highest training timestep; raises ValueError if the schedule does not have them.
+
+    A level without signal (zero terminal SNR) is never trained on: its error is zero by construction.
+    """
+    last = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1
+    highest = last if args.max_timestep is None else args.max_timestep
+    if not args.min_timestep <= highest <= last:
+        raise ValueError(
+            f"--min_timestep {args.min_timestep} and --max_timestep {highest}; allowed: an interval within 0 to {last}"
+        )
+    return args.min_timestep, highest
+
+
+def load_noise_scheduler(args):
+    """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
+    source = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        unet = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet", **where)
+        noise_scheduler = DDPMScheduler.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="scheduler", **where
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} is no Stable Diffusion model: {' '.join(str(error).split())[:300]}") from error
+    if unet.get("addition_embed_type"):
+        raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
+    return noise_scheduler
+
+
+def load_models(args, weight_dtype):
+    """Returns tokenizer, text encoder, VAE and U-Net, the last three frozen and in `weight_dtype`."""
+    model = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    weights = {**where, "variant": args.variant, "dtype": weight_dtype}
+    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **weights)
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(
+            args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=weight_dtype
+        )
+    else:
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", **weights)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
+    for module in (text_encoder, vae, unet):
+        module.requires_grad_(False)
+    return tokenizer, text_encoder.eval(), vae.eval(), unet
+
+
+def load_pairs(args):
+    """Returns the preference pairs; raises ValueError if there are none to be had."""
+    rows = load_rows(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.dataset_split_name, args.cache_dir
+    )
+    return LabelledPairs(
+        rows, args.image_0_column, args.image_1_column, args.label_column, args.caption_column, args.max_train_samples
+    )
+
+
+def tokenize(tokenizer, captions):
+    """Returns token ids (B, L), padded and truncated to the text encoder's length."""
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return tokens.input_ids
+
+
+def collate(examples, tokenizer):
+    """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, input_ids (B, L), uniforms (M, B)."""
+    return {
+        "visits": [example["visit"] for example in examples],
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples], dim=1).flatten(0, 1),
+        "input_ids": tokenize(tokenizer, [example["caption"] for example in examples]),
+        "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
+        "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
+    }
+
+
+@torch.no_grad()
+def encode_prompts(text_encoder, input_ids):
+    """Returns the U-Net's conditioning for token ids (B, L), twice over: (2B, ...), for the winners and the losers."""
+    embeds = text_encoder(input_ids.to(text_encoder.device))[0]
+    return {"encoder_hidden_states": torch.cat([embeds, embeds])}
+
+
+def predict_noise(unet, x_t, timesteps, cond, noise_scheduler, weight_dtype):
+    """Returns the U-Net's noise prediction (N, C, h, w), float32, for epsilon- and v-prediction models alike."""
+    model_output = unet(x_t.to(weight_dtype), timesteps, **cond).sample
+    return noise_from_model_output(
+        model_output, x_t, timesteps, noise_scheduler.alphas_cumprod, noise_scheduler.config.prediction_type
+    )
+
+
+def create_optimizer(args, parameters, num_processes):
+    """Returns AdamW over the LoRA's parameters, in 8 bit if asked for."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes as bnb
+
+        optimizer_class = bnb.optim.AdamW8bit
+    scale = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * scale,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def main(argv=None):
+    args, error = parse_args(argv)
+    num_targets = timesteps_per_pair(args)
+    try:
+        start_step, checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir, resumes=args.resume_from_checkpoint is not None)
+        noise_scheduler = load_noise_scheduler(args)
+        min_timestep, max_timestep = timestep_band(args, noise_scheduler)
+        pairs = load_pairs(args)
+        train_dataset = PreferenceDataset(
+            pairs, args.resolution, num_targets, args.seed,
+            args.random_crop, args.random_flip, args.proportion_empty_prompts,
+        )  # fmt: skip
+        train_dataset[0, 0]  # finds out before the models load whether there is a readable pair
+    except (ValueError, RuntimeError) as problem:
+        error(str(problem))
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    if args.inversion_guidance_scale > 1:
+        logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(args.seed)
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype)
+    for module in (text_encoder, vae, unet):
+        module.to(accelerator.device)
+    lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+
+    visits_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / visits_per_update)
+    dataloader = torch.utils.data.DataLoader(
+        train_dataset,
+        batch_sampler=VisitBatches(
+            len(pairs), args.train_batch_size, args.seed, start_step * visits_per_update,
+            accelerator.process_index, accelerator.num_processes,
+        ),
+        collate_fn=lambda examples: collate(examples, tokenizer),
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+
+    optimizer = create_optimizer(args, lora_parameters, accelerator.num_processes)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+    # The schedule stays unprepared and is stepped once per update, so it is the same for any number of processes.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
+    register_lora_checkpointing(accelerator, base, StableDiffusionPipeline)
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        logger.info(f"Resuming from {checkpoint}")
+    if args.report_to != "none":
+        config = {
+            key: value if isinstance(value, int | float | str | bool) else str(value)
+            for key, value in vars(args).items()
+        }
+        accelerator.init_trackers("inversion-dpo", config=config)
+
+    def predict(model, x_t, timesteps, cond):
+        with accelerator.autocast():
+            return predict_noise(model, x_t, timesteps, cond, noise_scheduler, weight_dtype)
+
+    empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
+
+    def predict_guided(x_t, timesteps, cond):
+        """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
+        scale = args.inversion_guidance_scale
+        if scale == 1:
+            return predict(base, x_t, timesteps, cond)
+        cond = map_condition(lambda x, empty: torch.cat([x, empty[:1].expand_as(x)]), cond, empty_cond)
+        noise, unconditional = predict(base, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond).chunk(2)
+        return unconditional + scale * (noise - unconditional)
+
+    logger.info(
+        f"{pairs.summary()}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
+        f"{num_targets} timesteps a pair in {min_timestep}..{max_timestep}; "
+        f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
+    )
+    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False))
+    progress = tqdm(
+        total=max_train_steps, initial=start_step, desc="Steps", disable=not accelerator.is_local_main_process
+    )
+    policy.train()
+    step, totals = start_step, {}
+
+    for batch in dataloader:
+        if step >= max_train_steps:
+            break
+        bad_rows.add(batch["bad_rows"])
+        with accelerator.accumulate(policy):
+            # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
+            latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+            cond = encode_prompts(text_encoder, batch["input_ids"])
+            timesteps = sample_timesteps(batch["uniforms"], min_timestep, max_timestep).repeat(1, 2)
+
+            # 2, 3  States x_t and target noise (M, 2B, C, h, w), by inversion or, for the baseline, by forward noise
+            if args.objective == "diffusion_dpo":
+                noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:])).to(latents)
+                x_t = add_noise(latents, noise, timesteps, noise_scheduler.alphas_cumprod)
+                trajectory = Trajectory(timesteps.to(latents.device), x_t, noise, None)
+            else:
+                by_reference = args.inversion_model == "reference"
+                with reference_policy(base) if by_reference else contextlib.nullcontext():
+                    trajectory = invert(
+                        lambda x_t, timesteps, cond=cond: predict_guided(x_t, timesteps, cond),
+                        latents, timesteps, noise_scheduler.alphas_cumprod, inversion_steps(args),
+                        order=args.inversion_order, spacing=args.inversion_spacing,
+                        predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
+                    )  # fmt: skip
+
+            # 4  Errors (M, 2B) of the policy and the reference at the same states, and the loss
+            timesteps, x_t, noise, reference_noise = trajectory
+            x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten()
+            cond = map_condition(lambda x: x.repeat(num_targets, *[1] * (x.ndim - 1)), cond)
+            if reference_noise is None:
+                with torch.no_grad(), reference_policy(base):
+                    reference_noise = predict(base, x_t, timesteps, cond).view_as(noise)
+            reference_error = prediction_error(reference_noise, noise)
+            policy_error = prediction_error(predict(policy, x_t, timesteps, cond).view_as(noise), noise)
+            metrics = {"policy_error": policy_error.detach(), "reference_error": reference_error}
+            if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
+                policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
+            loss, rewards = preference_loss(
+                policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing
+            )
+            accelerator.backward(loss.mean())
+            for name, value in {"loss": loss.detach(), **metrics, **rewards}.items():
+                totals[name] = totals.get(name, 0) + value.mean() / args.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                totals["grad_norm"] = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        logs = {name: value.item() for name, value in accelerator.reduce(totals, reduction="mean").items()}
+        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        lr_scheduler.step()
+        progress.update()
+        progress.set_postfix(
+            loss=f"{logs['loss']:.4f}",
+            acc=f"{logs['rewards/accuracies']:.2f}",
+            margin=f"{logs['rewards/margins']:.3f}",
+        )
+        totals = {}
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+
+    progress.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
+    if len(bad_rows):
+        logger.warning(f"{len(bad_rows)} unreadable rows were skipped", main_process_only=False)
+    accelerator.end_training()
+
+
+def unwrap_model(accelerator, model):
+    """Returns the model inside the wrappers of accelerate and torch.compile."""
+    model = accelerator.unwrap_model(model)
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+if __name__ == "__main__":
+    main()
