@@ -20,6 +20,7 @@ import io
 import math
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -376,6 +377,36 @@ def preference_loss(
     return loss, metrics
 
 
+def backward_in_chunks(
+    error_chunks: list[Callable[[], torch.Tensor]],
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    backward: Callable[[torch.Tensor], None],
+    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> None:
+    """Back-propagates a loss of all targets' errors with the graph of one chunk of targets in memory at a time.
+
+    The loss depends on the policy only through its errors, so a first pass without gradient gives the errors and the
+    loss's gradient by them, and a second pass runs forward and backward chunk by chunk, weighted by that gradient. It
+    equals keeping all graphs, for any loss, at the cost of one more forward. A single chunk needs one pass only.
+
+    Args:
+        error_chunks: callables that compute the policy's errors, (m, 2B) each, with their graph.
+        loss_of: (M, 2B) errors -> scalar loss.
+        backward: called with each scalar to be back-propagated.
+        no_sync: context for every pass but the last, in which gradients of several processes are not yet reduced.
+    """
+    if len(error_chunks) == 1:
+        backward(loss_of(error_chunks[0]()))
+        return
+    with torch.no_grad(), no_sync():
+        errors = [chunk() for chunk in error_chunks]
+    leaf = torch.cat(errors).requires_grad_()
+    gradients = torch.autograd.grad(loss_of(leaf), leaf)[0].split([len(error) for error in errors])
+    for i, (chunk, gradient) in enumerate(zip(error_chunks, gradients, strict=True)):
+        with contextlib.nullcontext() if i == len(error_chunks) - 1 else no_sync():
+            backward((chunk() * gradient).sum())
+
+
 # 3  Preference pairs
 
 
@@ -699,6 +730,44 @@ def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Ten
     return torch.cat(latents).float() * vae.config.scaling_factor
 
 
+class StopSignal:
+    """Remembers the first SIGTERM or SIGINT instead of dying of it, so that the loop can save and stop."""
+
+    def __init__(self):
+        self.received = 0  # the signal's number
+        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _remember(self, number, frame):
+        self.received = self.received or number
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever handled them before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+
+class RunningMeans:
+    """Means of metrics over the batches of an update, kept on the device until they are asked for."""
+
+    def __init__(self):
+        self._values = {}
+
+    def add(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach().float().mean())
+
+    def pop(self, accelerator) -> dict[str, float]:
+        """Returns the means over batches and processes, and starts anew; the one host synchronisation of an update."""
+        means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
+        names, self._values = list(self._values), {}
+        return dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+
+
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """A `worker_init_fn`: Ctrl-C reaches every process, and the workers must survive it until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def add_lora(unet, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
     """Adds a LoRA in float32 to the U-Net's attention projections, freezes all else, and returns its parameters."""
     from diffusers.training_utils import cast_training_params
@@ -709,6 +778,11 @@ def add_lora(unet, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
     unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def is_zero_lora(unet) -> bool:
+    """Whether the U-Net's LoRA changes nothing: all its up-projections are zero, as they are before training."""
+    return not any(value.any() for name, value in unet.named_parameters() if "lora_B" in name)
 
 
 def save_lora(unet, folder: str | Path, pipeline_class) -> Path:

@@ -30,6 +30,9 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import sys
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -48,15 +51,20 @@ from inversion_utils import (
     BadRowLog,
     LabelledPairs,
     PreferenceDataset,
+    RunningMeans,
+    StopSignal,
     Trajectory,
     VisitBatches,
     add_lora,
     add_noise,
+    backward_in_chunks,
     check_output_dir,
     encode_images,
     find_checkpoint,
     forward_noise,
     invert,
+    is_zero_lora,
+    leave_interrupts_to_the_main_process,
     load_rows,
     map_condition,
     noise_from_model_output,
@@ -122,6 +130,8 @@ def parse_args(argv=None):
     add("--min_timestep", type=natural, default=0, help="lowest training timestep")
     add("--max_timestep", type=natural,
         help="highest training timestep; a band of high ones learns layout faster, not detail")
+    add("--trajectory_chunk", type=count, default=4,
+        help="timesteps per policy call; less takes less memory, and a second forward where not all fit into one")
     add("--inversion_steps", type=count, help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4)")
     add("--inversion_model", choices=["reference", "policy"], default="reference",
         help="who inverts; the reference's predictions are then also the loss's, the policy costs extra calls")
@@ -167,6 +177,7 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--output_dir", required=True, help="folder for the LoRA, checkpoints and logs")
     add("--seed", type=natural, default=0, help="the same seed gives the same run")
+    add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
     add("--checkpointing_steps", type=count, default=100, help="updates between two checkpoints")
     add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
     add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
@@ -370,7 +381,8 @@ def main(argv=None):
             len(pairs), args.train_batch_size, args.seed, start_step * visits_per_update,
             accelerator.process_index, accelerator.num_processes,
         ),
-        collate_fn=lambda examples: collate(examples, tokenizer),
+        collate_fn=partial(collate, tokenizer=tokenizer),
+        worker_init_fn=leave_interrupts_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
@@ -399,8 +411,6 @@ def main(argv=None):
         with accelerator.autocast():
             return predict_noise(model, x_t, timesteps, cond, noise_scheduler, weight_dtype)
 
-    empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
-
     def predict_guided(x_t, timesteps, cond):
         """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
         scale = args.inversion_guidance_scale
@@ -410,21 +420,28 @@ def main(argv=None):
         noise, unconditional = predict(base, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond).chunk(2)
         return unconditional + scale * (noise - unconditional)
 
+    def predict_targets(model, trajectory, chunk, cond):
+        """A model's predictions (m, 2B, C, h, w) at a chunk of a trajectory's targets, in one call."""
+        x_t, timesteps = trajectory.latents[chunk], trajectory.timesteps[chunk]
+        cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
+        return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
+
+    empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
+    chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
+    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False))
     logger.info(
         f"{pairs.summary()}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
         f"{num_targets} timesteps a pair in {min_timestep}..{max_timestep}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
-    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False))
     progress = tqdm(
         total=max_train_steps, initial=start_step, desc="Steps", disable=not accelerator.is_local_main_process
     )
     policy.train()
-    step, totals = start_step, {}
+    step, good_steps, bad_steps, bad_steps_in_a_row = start_step, 0, 0, 0
+    means, stop, is_stopping = RunningMeans(), StopSignal(), False
 
-    for batch in dataloader:
-        if step >= max_train_steps:
-            break
+    for batch in dataloader if step < max_train_steps else []:
         bad_rows.add(batch["bad_rows"])
         with accelerator.accumulate(policy):
             # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
@@ -432,7 +449,7 @@ def main(argv=None):
             cond = encode_prompts(text_encoder, batch["input_ids"])
             timesteps = sample_timesteps(batch["uniforms"], min_timestep, max_timestep).repeat(1, 2)
 
-            # 2, 3  States x_t and target noise (M, 2B, C, h, w), by inversion or, for the baseline, by forward noise
+            # 2  Invert with the reference; the baseline takes forward noise instead
             if args.objective == "diffusion_dpo":
                 noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:])).to(latents)
                 x_t = add_noise(latents, noise, timesteps, noise_scheduler.alphas_cumprod)
@@ -447,52 +464,81 @@ def main(argv=None):
                         predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
                     )  # fmt: skip
 
-            # 4  Errors (M, 2B) of the policy and the reference at the same states, and the loss
-            timesteps, x_t, noise, reference_noise = trajectory
-            x_t, timesteps = x_t.flatten(0, 1), timesteps.flatten()
-            cond = map_condition(lambda x: x.repeat(num_targets, *[1] * (x.ndim - 1)), cond)
+            # 3  Errors (M, 2B) of the reference at the trajectory's states, known from the inversion if it inverted
+            reference_noise = trajectory.predicted
             if reference_noise is None:
                 with torch.no_grad(), reference_policy(base):
-                    reference_noise = predict(base, x_t, timesteps, cond).view_as(noise)
-            reference_error = prediction_error(reference_noise, noise)
-            policy_error = prediction_error(predict(policy, x_t, timesteps, cond).view_as(noise), noise)
-            metrics = {"policy_error": policy_error.detach(), "reference_error": reference_error}
-            if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
-                policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
-            loss, rewards = preference_loss(
-                policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing
-            )
-            accelerator.backward(loss.mean())
-            for name, value in {"loss": loss.detach(), **metrics, **rewards}.items():
-                totals[name] = totals.get(name, 0) + value.mean() / args.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                totals["grad_norm"] = accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm)
-            optimizer.step()
+                    reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
+            reference_error = prediction_error(reference_noise, trajectory.noise)
+
+            # 4  Errors of the policy at the same states, chunk by chunk, and the loss
+            def policy_error(chunk, trajectory=trajectory, cond=cond):
+                return prediction_error(predict_targets(policy, trajectory, chunk, cond), trajectory.noise[chunk])
+
+            def loss_of(policy_error, reference_error=reference_error):
+                means.add(policy_error=policy_error, reference_error=reference_error)
+                if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
+                    policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
+                loss, metrics = preference_loss(
+                    policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing
+                )
+                means.add(loss=loss, **metrics)
+                return loss.mean()
+
+            backward_in_chunks(
+                [partial(policy_error, chunk) for chunk in chunks],
+                loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
+            )  # fmt: skip
+            if not accelerator.sync_gradients:
+                continue
+
+            # Once per update: clip, look at the metrics, step
+            means.add(grad_norm=accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm))
+            means.add(stop=torch.tensor(stop.received > 0, device=accelerator.device))
+            logs = means.pop(accelerator)
+            is_stopping = logs.pop("stop") > 0
+            is_bad = not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
+            if not is_bad or accelerator.scaler is not None:  # a loss scaler skips by itself, and must see it to adapt
+                optimizer.step()
             optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
 
         step += 1
-        logs = {name: value.item() for name, value in accelerator.reduce(totals, reduction="mean").items()}
-        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0]}, step=step)
+        good_steps, bad_steps = good_steps + (not is_bad), bad_steps + is_bad
+        bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
+        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}, step=step)
         lr_scheduler.step()
         progress.update()
-        progress.set_postfix(
-            loss=f"{logs['loss']:.4f}",
-            acc=f"{logs['rewards/accuracies']:.2f}",
-            margin=f"{logs['rewards/margins']:.3f}",
+        progress.set_postfix_str(
+            f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
         )
-        totals = {}
-        if step % args.checkpointing_steps == 0:
+        if bad_steps_in_a_row >= args.max_bad_steps:
+            raise RuntimeError(
+                f"loss or gradient were not finite for {bad_steps_in_a_row} updates in a row; the LoRA and the last "
+                "checkpoint are as they were before. Try a lower --learning_rate, or bf16 instead of fp16"
+            )
+        if good_steps == 10 and is_zero_lora(base):
+            raise RuntimeError(
+                "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
+                f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
+            )
+        if is_stopping or step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+        if is_stopping or step >= max_train_steps:
+            break
 
     progress.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
+    stop.restore()
     if len(bad_rows):
         logger.warning(f"{len(bad_rows)} unreadable rows were skipped", main_process_only=False)
+    if bad_steps:
+        logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
+    if is_stopping and step < max_train_steps:
+        logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
+        logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
     accelerator.end_training()
+    if is_stopping and step < max_train_steps:
+        sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
 
 
 def unwrap_model(accelerator, model):

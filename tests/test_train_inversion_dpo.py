@@ -1,8 +1,10 @@
 """The SD script end to end: from pairs on disk to a LoRA, on a random pipeline of a few kilobytes."""
 
 import hashlib
+import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +75,7 @@ def test_base_weights_stay_bit_identical(train, tiny_model, monkeypatch):
     assert any("lora_B" in key and value.any() for key, value in loaded[3].state_dict().items())
 
 
-@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo", "diffusion_dpo"])
+@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo"])
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_v_model"])
 def test_the_first_update_tells_winner_from_loser(train, tmp_path, request, objective, model):
     output_dir = train(
@@ -87,8 +89,8 @@ def test_the_first_update_tells_winner_from_loser(train, tmp_path, request, obje
     assert logged(output_dir, "loss")[1] < logged(output_dir, "loss")[0]
 
 
-def test_unet_calls_of_an_update(train, monkeypatch):
-    """n + 1 reference calls on 2B latents and one policy call on M 2B; the policy's alone has a gradient."""
+def count_calls(monkeypatch):
+    """Returns a list to which every U-Net call appends (number of latents, whether it has a gradient)."""
     calls = []
     original = train_inversion_dpo.predict_noise
 
@@ -98,6 +100,12 @@ def test_unet_calls_of_an_update(train, monkeypatch):
         return noise
 
     monkeypatch.setattr(train_inversion_dpo, "predict_noise", predict_noise)
+    return calls
+
+
+def test_unet_calls_of_an_update(train, monkeypatch):
+    """n + 1 reference calls on 2B latents and one policy call on M 2B; the policy's alone has a gradient."""
+    calls = count_calls(monkeypatch)
     train("a", max_train_steps=1)
     assert calls == [(4, False)] * 9 + [(16, True)]
     calls.clear()
@@ -172,6 +180,20 @@ def test_same_weights_another_way(train, option):
     assert_same(lora(train("other", max_train_steps=3, **options)), plain, atol=2e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo"])
+def test_chunks_of_the_trajectory_give_the_same_weights(train, objective, loss_type):
+    options = {"objective": objective, "loss_type": loss_type, "timesteps_per_pair": 5, "max_train_steps": 3}
+    whole = lora(train("whole", trajectory_chunk=5, **options))
+    assert_same(lora(train("chunks", trajectory_chunk=2, **options)), whole, atol=2e-6)
+
+
+def test_chunks_cost_one_more_forward_and_keep_one_graph(train, monkeypatch):
+    calls = count_calls(monkeypatch)
+    train(max_train_steps=1, timesteps_per_pair=5, trajectory_chunk=2)
+    assert calls == [(4, False)] * 10 + [(8, False), (8, False), (4, False), (8, True), (8, True), (4, True)]
+
+
 @pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 1, "gradient_accumulation_steps": 3}], ids=str)
 def test_resuming_equals_never_stopping(train, options):
     options = {"random_flip": True, "objective": "inpo", "lr_scheduler": "linear", **options}
@@ -187,6 +209,75 @@ def test_resuming_equals_never_stopping(train, options):
 def test_checkpoints_are_limited(train):
     output_dir = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-3", "checkpoint-4", LORA_FILE]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_after_the_step(train, monkeypatch, number):
+    """Stopped in the middle of the third update's first batch, and resumed, the run ends where it would have."""
+    options = {"gradient_accumulation_steps": 2, "random_flip": True, "max_train_steps": 4, "objective": "inpo"}
+    whole = lora(train("whole", **options))
+    calls = []
+    original = train_inversion_dpo.encode_images
+
+    def encode_images(*args):
+        calls.append(number)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return original(*args)
+
+    monkeypatch.setattr(train_inversion_dpo, "encode_images", encode_images)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stop:
+        train("stopped", **options)
+    assert stop.value.code == 128 + number
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    resumed = train("stopped", resume_from_checkpoint="latest", **options)
+    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert_same(lora(resumed), whole)
+
+
+def spoil_losses(monkeypatch, at_steps):
+    """Makes the loss NaN at these updates, counted from 0."""
+    seen = itertools.count()
+    original = train_inversion_dpo.preference_loss
+
+    def preference_loss(policy_error, *args):
+        loss, metrics = original(policy_error, *args)
+        return (loss * float("nan") if next(seen) in at_steps else loss), metrics
+
+    monkeypatch.setattr(train_inversion_dpo, "preference_loss", preference_loss)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, precision):
+    spoil_losses(monkeypatch, at_steps={1, 3})
+    options = {"mixed_precision": precision, "checkpointing_steps": 1, "report_to": "tensorboard"}
+    output_dir = train(max_train_steps=5, max_bad_steps=2, **options)
+    steps = {i: lora(output_dir / f"checkpoint-{i}") for i in range(1, 6)}
+    assert_same(steps[1], steps[2])
+    assert_same(steps[3], steps[4])
+    assert not torch.equal(*(next(iter(steps[i].values())) for i in (2, 3)))
+    assert all(value.isfinite().all() for value in steps[5].values())
+    assert logged(output_dir, "bad_steps") == [0, 1, 1, 2, 2]
+
+
+def test_too_many_bad_updates_in_a_row_end_the_run_and_keep_the_checkpoint(train, monkeypatch, tmp_path):
+    spoil_losses(monkeypatch, at_steps={2, 3, 4})
+    with pytest.raises(RuntimeError, match="not finite for 3 updates in a row"):
+        train(max_train_steps=9, max_bad_steps=3, checkpointing_steps=2)
+    assert all(value.isfinite().all() for value in lora(tmp_path / "run" / "checkpoint-2").values())
+
+
+def test_a_policy_that_does_not_move_is_an_error(train, monkeypatch, tmp_path):
+    """Comparing policy and reference with each other, as Inversion-DPO's released code does, never starts to learn."""
+
+    def released_loss(policy_error, reference_error, *args):
+        return original(policy_error * 0 + reference_error, reference_error, *args)
+
+    original = train_inversion_dpo.preference_loss
+    monkeypatch.setattr(train_inversion_dpo, "preference_loss", released_loss)
+    with pytest.raises(RuntimeError, match="after 10 updates the LoRA is still zero"):
+        train(max_train_steps=12, objective="inpo", inversion_steps=1)
 
 
 def test_seeds_differ_and_repeat(train):

@@ -1,0 +1,143 @@
+"""What the scripts share around the loop: chunked backward, LoRA files, checkpoints, number types."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import build_pipeline
+from diffusers import StableDiffusionPipeline
+
+from inversion_utils import (
+    add_lora,
+    backward_in_chunks,
+    check_output_dir,
+    checkpoint_steps,
+    encode_images,
+    find_checkpoint,
+    is_zero_lora,
+    load_lora,
+    map_condition,
+    number,
+    preference_loss,
+    reference_policy,
+    save_lora,
+)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_chunks_give_the_gradient_of_one_pass(loss_type, inside, size):
+    torch.manual_seed(0)
+    weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    x, reference = torch.randn(7, 4, 6, dtype=torch.float64), torch.rand(7, 4, dtype=torch.float64)
+
+    def errors(rows):
+        return (x[rows] @ weight).square()
+
+    def loss_of(policy_error):
+        pair = (policy_error.mean(0), reference.mean(0)) if inside else (policy_error, reference)
+        return preference_loss(*pair, 2.0, loss_type)[0].mean()
+
+    loss_of(errors(slice(None))).backward()
+    expected, weight.grad = weight.grad, None
+    chunks = [lambda i=i: errors(slice(i, i + size)) for i in range(0, 7, size)]
+    backward_in_chunks(chunks, loss_of, lambda loss: loss.backward())
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-12)
+    assert expected.abs().max() > 1e-3
+
+
+def test_lora_files_round_trip_in_float32(tmp_path):
+    unet = build_pipeline().unet.to(torch.bfloat16)
+    parameters = add_lora(unet, rank=4, lora_alpha=8)
+    assert is_zero_lora(unet) and all(parameter.dtype == torch.float32 for parameter in parameters)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+    assert not is_zero_lora(unet)
+    before = [parameter.clone() for parameter in parameters]
+    assert save_lora(unet, tmp_path, StableDiffusionPipeline) == tmp_path / "pytorch_lora_weights.safetensors"
+    for parameter in parameters:
+        torch.nn.init.zeros_(parameter)
+    load_lora(unet, tmp_path, StableDiffusionPipeline)
+    after = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    assert list(unet.peft_config) == ["default"]
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(after, before, strict=True))
+    pipe = build_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    assert pipe.unet.peft_config["default_0"].lora_alpha == 8
+
+
+def test_a_lora_of_another_rank_does_not_fit(tmp_path):
+    unet, other = build_pipeline().unet, build_pipeline().unet
+    add_lora(unet, 4, 4)
+    add_lora(other, 8, 8)
+    save_lora(unet, tmp_path, StableDiffusionPipeline)
+    with pytest.raises(ValueError, match="another --rank"):
+        load_lora(other, tmp_path, StableDiffusionPipeline)
+
+
+def test_the_reference_is_the_base_even_after_an_error():
+    unet = build_pipeline().unet
+    x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([10]), torch.randn(1, 16, 16)
+    with torch.no_grad():
+        base = unet(x, t, text).sample
+        for parameter in add_lora(unet, 4, 4):
+            torch.nn.init.normal_(parameter)
+        policy = unet(x, t, text).sample
+        with pytest.raises(KeyError), reference_policy(unet):
+            assert torch.equal(unet(x, t, text).sample, base)
+            raise KeyError
+        assert torch.equal(unet(x, t, text).sample, policy) and not torch.allclose(policy, base)
+    assert all(p.requires_grad for name, p in unet.named_parameters() if "lora_" in name)
+
+
+def test_latents_are_the_scaled_mode_in_float32():
+    vae = build_pipeline().vae.to(torch.bfloat16)
+    vae.register_to_config(scaling_factor=0.5)
+    pixels = torch.rand(5, 3, 32, 32) * 2 - 1
+    latents = encode_images(vae, pixels, batch_size=2)
+    mode = vae.encode(pixels.bfloat16()).latent_dist.mode().float()
+    assert latents.dtype == torch.float32 and latents.shape == (5, 4, 4, 4)
+    torch.testing.assert_close(latents, mode * 0.5, rtol=0.05, atol=0.01)
+
+
+def test_conditions_are_mapped_at_any_depth():
+    cond = {"encoder_hidden_states": torch.ones(2), "added_cond_kwargs": {"time_ids": torch.zeros(2)}}
+    doubled = map_condition(lambda a, b: torch.cat([a, b]), cond, cond)
+    assert doubled["encoder_hidden_states"].shape == doubled["added_cond_kwargs"]["time_ids"].shape == (4,)
+
+
+def test_checkpoints_are_found_by_step_not_by_name(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_lora_weights.safetensors").touch()
+    assert list(checkpoint_steps(tmp_path)) == [9, 10]
+    assert find_checkpoint(tmp_path, "latest") == (10, tmp_path / "checkpoint-10")
+    assert find_checkpoint(tmp_path, "checkpoint-9") == (9, tmp_path / "checkpoint-9")
+    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == (9, tmp_path / "checkpoint-9")
+    assert find_checkpoint(tmp_path, None) == (0, None) == find_checkpoint(tmp_path / "empty", "latest")
+    for name in ("checkpoint-11", "partial-checkpoint-11", "checkpoint-x", str(tmp_path)):
+        with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+            find_checkpoint(tmp_path, name)
+
+
+def test_output_dirs_in_use_or_unusable(tmp_path):
+    check_output_dir(tmp_path / "new" / "deep", resumes=False)
+    assert not any((tmp_path / "new" / "deep").iterdir())
+    (tmp_path / "new" / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="--output_dir .* holds a LoRA or checkpoints"):
+        check_output_dir(tmp_path / "new", resumes=False)
+    check_output_dir(tmp_path / "new", resumes=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output_dir .* cannot be written"):
+        check_output_dir(tmp_path / "file", resumes=False)
+
+
+@pytest.mark.parametrize("text", ["0", "5", "nan", "inf", "-1"])
+def test_numbers_out_of_range(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"is {text}; allowed: at least 1 and below 5"):
+        number(float, least=1, below=5)(text)
+    assert number(float, least=1, below=5)("4.5") == 4.5
+    assert number(float, above=0, most=1)("1") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match="allowed: above 0 and at most 1"):
+        number(float, above=0, most=1)("0" if text == "5" else text)
