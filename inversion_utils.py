@@ -132,8 +132,12 @@ def inversion_nodes(
         nodes: (n, N) int64 on the CPU, the timestep of node k + 1 in row k.
         target_index: (M, N) int64 on the CPU, from 1 to n: the node that is target m, so that
             `nodes.gather(0, target_index - 1)` equals `timesteps`. The last target is node n.
+
+    Raises:
+        ValueError: if an argument has a wrong shape, dtype or range.
     """
-    timesteps = timesteps.cpu()
+    _check_nodes(timesteps, alphas_cumprod, num_steps, spacing)
+    timesteps = timesteps.long().cpu()
     num_targets, num_samples = timesteps.shape
     if spacing == "karras":
         coordinate = noise_levels(alphas_cumprod).clamp(max=HIGHEST_RESOLVED_LEVEL) ** (1 / KARRAS_RHO)
@@ -158,6 +162,31 @@ def inversion_nodes(
     nearest = torch.where(coordinate[above] - position < position - coordinate[above - 1], above, above - 1)
     nodes = torch.where(piece == count, end, nearest.clamp(start, end))
     return nodes, target_index
+
+
+def _check_nodes(timesteps, alphas_cumprod, num_steps, spacing) -> None:
+    if alphas_cumprod.ndim != 1 or alphas_cumprod.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)} and dtype {alphas_cumprod.dtype}; needed: (T,), "
+            "float32 or float64 (half precision makes sigma_0 wrong or zero: keep a copy of your own)"
+        )
+    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
+        raise ValueError(f"timesteps have dtype {timesteps.dtype}; needed: integers")
+    if timesteps.ndim != 2 or timesteps.numel() == 0:
+        raise ValueError(f"timesteps have shape {tuple(timesteps.shape)}; needed: (N,) or (M, N), not empty")
+    if timesteps.min() < 0 or timesteps.max() >= len(alphas_cumprod):
+        lowest, highest = int(timesteps.min()), int(timesteps.max())
+        raise ValueError(f"timesteps reach from {lowest} to {highest}; allowed: 0 to {len(alphas_cumprod) - 1}")
+    falls = (timesteps[1:] < timesteps[:-1]).any(0)
+    if falls.any():
+        sample = int(falls.int().argmax())
+        raise ValueError(f"timesteps of sample {sample} are {timesteps[:, sample].tolist()}; needed: sorted along M")
+    if not isinstance(num_steps, int) or num_steps < len(timesteps):
+        raise ValueError(
+            f"num_steps is {num_steps!r}; needed: an int, at least the number of targets, {len(timesteps)}"
+        )
+    if spacing not in ("karras", "uniform"):
+        raise ValueError(f"spacing is {spacing!r}; allowed: 'karras', 'uniform'")
 
 
 def noise_levels(alphas_cumprod: torch.Tensor) -> torch.Tensor:
@@ -189,37 +218,6 @@ def _step_weights(nodes: torch.Tensor, levels: torch.Tensor, order: int) -> tupl
         weight[k] = torch.where(usable, w.clamp(0, LARGEST_HISTORY_WEIGHT), 0.0)
         s_o = torch.where(repeated[k], s_o, s_p[k])
     return ratio, weight
-
-
-def _check_inversion(latents, timesteps, alphas_cumprod, num_steps, order, spacing) -> None:
-    if latents.ndim != 4 or not latents.is_floating_point():
-        raise ValueError(
-            f"latents have shape {tuple(latents.shape)} and dtype {latents.dtype}; needed: (N, C, h, w), floating"
-        )
-    if alphas_cumprod.ndim != 1 or alphas_cumprod.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)} and dtype {alphas_cumprod.dtype}; needed: (T,), "
-            "float32 or float64 (half precision makes sigma_0 wrong or zero: keep a copy of your own)"
-        )
-    if timesteps.is_floating_point() or timesteps.dtype == torch.bool:
-        raise ValueError(f"timesteps have dtype {timesteps.dtype}; needed: integers")
-    if timesteps.ndim != 2 or timesteps.shape[1] != len(latents) or len(timesteps) == 0:
-        raise ValueError(
-            f"timesteps have shape {tuple(timesteps.shape)}; needed: (N,) or (M, N) with N = {len(latents)}"
-        )
-    if not 1 <= len(timesteps) <= num_steps:
-        raise ValueError(f"num_steps is {num_steps}; needed: at least 1 and the number of targets, {len(timesteps)}")
-    if timesteps.numel() and (timesteps.min() < 0 or timesteps.max() >= len(alphas_cumprod)):
-        raise ValueError(
-            f"timesteps reach from {int(timesteps.min())} to {int(timesteps.max())}; "
-            f"allowed: 0 to {len(alphas_cumprod) - 1}"
-        )
-    if (timesteps[1:] < timesteps[:-1]).any():
-        raise ValueError("timesteps (M, N) fall along M; needed: timesteps[m] <= timesteps[m + 1] for every sample")
-    if order not in (1, 2):
-        raise ValueError(f"order is {order!r}; allowed: 1, 2")
-    if spacing not in ("karras", "uniform"):
-        raise ValueError(f"spacing is {spacing!r}; allowed: 'karras', 'uniform'")
 
 
 @torch.no_grad()
@@ -265,9 +263,15 @@ def invert(
         ValueError: if an argument has a wrong shape, dtype or range.
     """
     timesteps = timesteps[None] if timesteps.ndim == 1 else timesteps
-    _check_inversion(latents, timesteps, alphas_cumprod, num_steps, order, spacing)
+    if latents.ndim != 4 or not latents.is_floating_point():
+        shape, dtype = tuple(latents.shape), latents.dtype
+        raise ValueError(f"latents have shape {shape} and dtype {dtype}; needed: (N, C, h, w), floating point")
+    if timesteps.ndim != 2 or timesteps.shape[1] != len(latents):
+        shape = tuple(timesteps.shape)
+        raise ValueError(f"timesteps have shape {shape}; needed: (N,) or (M, N) with N = {len(latents)}")
+    if order not in (1, 2):
+        raise ValueError(f"order is {order!r}; allowed: 1, 2")
     latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-    timesteps = timesteps.long().cpu()
     nodes, target_index = inversion_nodes(timesteps, alphas_cumprod, num_steps, spacing)
     ratio, weight = _step_weights(nodes, noise_levels(alphas_cumprod), order)
     abar = alphas_cumprod.double().cpu()[nodes]
@@ -298,7 +302,7 @@ def invert(
         e_o = torch.lerp(e_o, e_p, moves[k])  # a step of length zero does not enter the history
         m, i = targets_at[k + 1]
         states[m, i], noise[m, i] = x[i], tau[i]
-    return Trajectory(timesteps.to(latents.device), states, noise, predicted)
+    return Trajectory(timesteps.to(latents.device).long(), states, noise, predicted)
 
 
 # 2  Objectives
@@ -312,7 +316,12 @@ def sample_timesteps(uniforms: torch.Tensor, min_timestep: int, max_timestep: in
     Args:
         uniforms: (M, B) in [0, 1), a random number per stratum and pair.
         min_timestep, max_timestep: the band of training timesteps.
+
+    Raises:
+        ValueError: if the band is empty.
     """
+    if min_timestep > max_timestep:
+        raise ValueError(f"min_timestep is {min_timestep}, max_timestep {max_timestep}; needed: min <= max")
     strata = torch.arange(len(uniforms), dtype=torch.float64)[:, None]
     width = max_timestep - min_timestep + 1
     offset = ((strata + uniforms.double()) / len(uniforms) * width).floor().long()
@@ -320,7 +329,13 @@ def sample_timesteps(uniforms: torch.Tensor, min_timestep: int, max_timestep: in
 
 
 def prediction_error(noise_prediction: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Returns the mean squared error of each example: (..., C, h, w) twice -> (...) in float32."""
+    """Returns the mean squared error of each example: (..., C, h, w) twice -> (...) in float32.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if noise_prediction.shape != noise.shape:
+        raise ValueError(f"shapes differ: {tuple(noise_prediction.shape)} and {tuple(noise.shape)}")
     return (noise_prediction.float() - noise.float()).square().mean(dim=(-3, -2, -1))
 
 
@@ -353,8 +368,13 @@ def preference_loss(
             rewards/accuracies (a tie counts one half) and rewards/margins = chosen - rejected, the logits.
 
     Raises:
-        ValueError: for an unknown loss type, or label smoothing with a loss that has none.
+        ValueError: for an unknown loss type, label smoothing with a loss that has none, or errors of odd shape.
     """
+    if policy_error.shape != reference_error.shape or policy_error.ndim == 0 or policy_error.shape[-1] % 2:
+        raise ValueError(
+            f"policy_error has shape {tuple(policy_error.shape)}, reference_error {tuple(reference_error.shape)}; "
+            "needed: both (..., 2B)"
+        )
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type is {loss_type!r}; allowed: {', '.join(LOSS_TYPES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type != "sigmoid"):

@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 # /// script
 # dependencies = [
-#     "torch>=2.6",
+#     "torch>=2.13.0",
 #     "diffusers>=0.42.0",
-#     "transformers>=5.0",
-#     "accelerate>=1.15",
-#     "peft>=0.21",
-#     "datasets>=5.0",
-#     "pillow",
-#     "numpy",
-#     "tensorboard",
+#     "transformers>=5.23.0",
+#     "accelerate>=1.15.0",
+#     "peft>=0.21.0",
+#     "datasets>=5.2.0",
+#     "safetensors>=0.8.0",
+#     "numpy>=2.0",
+#     "pillow>=11.0",
+#     "tensorboard>=2.20",
 # ]
 # ///
 """Aligns Stable Diffusion 1.5 / 2.x with preference pairs: a LoRA by inversion-based DPO.

@@ -199,3 +199,19 @@ def test_every_timestep_is_equally_likely(low, high, num_targets):
     timesteps = sample_timesteps(grid.expand(num_targets, -1), low, high)
     counts = torch.bincount(timesteps.flatten() - low, minlength=width)
     assert counts.tolist() == [20 * num_targets] * width
+
+
+@pytest.mark.parametrize(("policy", "reference"), [((3,), (3,)), ((4, 6), (6,)), ((), ())])
+def test_errors_that_are_not_pairs_are_refused(policy, reference):
+    with pytest.raises(ValueError, match="policy_error has shape"):
+        preference_loss(torch.rand(policy), torch.rand(reference), 1.0)
+
+
+def test_shapes_that_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match="shapes differ"):
+        prediction_error(torch.rand(6, 4, 2, 2), torch.rand(1, 4, 2, 2))
+
+
+def test_an_empty_band_is_refused():
+    with pytest.raises(ValueError, match="min_timestep is 10, max_timestep 5"):
+        sample_timesteps(torch.rand(1, 2), 10, 5)
