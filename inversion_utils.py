@@ -17,10 +17,12 @@ travel in one batch (2B, ...): the B winners first, then the B losers.
 import argparse
 import contextlib
 import io
+import json
 import math
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,11 +62,9 @@ class Trajectory(NamedTuple):
 
 def alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, like: torch.Tensor):
     """Returns alpha_t and sigma_t (..., 1, 1, 1) for timesteps (...), on the device and in the dtype of `like`."""
-    alphas_cumprod = alphas_cumprod.double().cpu()
-    timesteps = timesteps.to(like.device)
-    # The tables, not the entries, travel to the device: indexing there needs no host synchronisation.
-    tables = (alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
-    return tuple(table.to(like.dtype).to(like.device)[timesteps][..., None, None, None] for table in tables)
+    table = alphas_cumprod.to(like.dtype).to(like.device, non_blocking=True)
+    abar = table[timesteps.to(like.device, non_blocking=True)][..., None, None, None]
+    return abar.sqrt(), (1 - abar).sqrt()
 
 
 def add_noise(
@@ -248,8 +248,9 @@ def invert(
             at guidance 2 its error triples.
         latents: (N, C, h, w), the clean, scaled latents x_0. The state is kept in float32, or float64 if they are.
         timesteps: (N,) integers, each sample's target from 0 to T - 1; or (M, N), M targets per sample, sorted along
-            M, all reached exactly on the way to the last. Best on the CPU: reading them there waits for no device.
-        alphas_cumprod: (T,) float32 or float64, the noise schedule.
+            M, all reached exactly on the way to the last.
+        alphas_cumprod: (T,) float32 or float64, the noise schedule. Keep it and the timesteps on the CPU: reading them
+            there waits for no device.
         num_steps: n >= M, the number of steps, each one call of `predict`. M + 4 or more is recommended.
         order: 2, or 1 for plain Euler steps.
         spacing: "karras" (evenly in s^(1/7)) or "uniform" (evenly in t); see `inversion_nodes`.
@@ -275,13 +276,16 @@ def invert(
     nodes, target_index = inversion_nodes(timesteps, alphas_cumprod, num_steps, spacing)
     ratio, weight = _step_weights(nodes, noise_levels(alphas_cumprod), order)
     abar = alphas_cumprod.double().cpu()[nodes]
-    tables = (abar.sqrt(), (1 - abar).sqrt(), ratio, weight, ratio != 1)
-    alpha, sigma, ratio, weight, moves = (
-        table.to(latents.dtype).to(latents.device)[..., None, None, None] for table in tables
-    )
-    node_timesteps = torch.cat([torch.zeros_like(nodes[:1]), nodes]).to(latents.device)
-    # targets_at[k]: which targets m of which samples i are node k
-    targets_at = [(target_index == k).nonzero().to(latents.device).unbind(1) for k in range(num_steps + 1)]
+    tables = torch.stack([abar.sqrt(), (1 - abar).sqrt(), ratio, weight, (ratio != 1).double()]).to(latents.dtype)
+
+    def to_device(tensor):
+        return tensor.to(latents.device, non_blocking=True)
+
+    alpha, sigma, ratio, weight, moves = to_device(tables)[..., None, None, None]
+    node_timesteps = to_device(torch.cat([torch.zeros_like(nodes[:1]), nodes]))
+    # targets_at[k]: which targets m of which samples i are node k, (2, number of them)
+    order, counts = target_index.flatten().argsort(), target_index.flatten().bincount(minlength=num_steps + 1)
+    targets_at = to_device(torch.stack([order // len(latents), order % len(latents)])).split(counts.tolist(), dim=1)
     shape = (*timesteps.shape, *latents.shape[1:])
     states, noise = latents.new_empty(shape), latents.new_empty(shape)
     predicted = latents.new_empty(shape) if predict_at_targets else None
@@ -302,7 +306,7 @@ def invert(
         e_o = torch.lerp(e_o, e_p, moves[k])  # a step of length zero does not enter the history
         m, i = targets_at[k + 1]
         states[m, i], noise[m, i] = x[i], tau[i]
-    return Trajectory(timesteps.to(latents.device).long(), states, noise, predicted)
+    return Trajectory(to_device(timesteps.long()), states, noise, predicted)
 
 
 # 2  Objectives
@@ -720,6 +724,7 @@ def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+STATE_FILE = "training_state.json"  # of a checkpoint
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -745,20 +750,26 @@ def reference_policy(unet) -> Iterator[None]:
 @torch.no_grad()
 def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Returns scaled latents (N, C, h, w) in float32, the mode of the VAE's posterior, for pixels (N, 3, H, W)."""
-    pixel_values = pixel_values.to(vae.device, vae.dtype)
+    pixel_values = pixel_values.to(vae.device, vae.dtype, non_blocking=True)
     latents = [vae.encode(chunk).latent_dist.mode() for chunk in pixel_values.split(batch_size)]
     return torch.cat(latents).float() * vae.config.scaling_factor
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT instead of dying of it, so that the loop can save and stop."""
+    """Remembers the first SIGTERM or SIGINT instead of dying of it, so that the loop can save and stop.
 
-    def __init__(self):
+    A second one finds the handlers that were there before, and ends the process if they do.
+    """
+
+    def __init__(self, announce: Callable[[str], None]):
         self.received = 0  # the signal's number
+        self.announce = announce
         self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _remember(self, number, frame):
-        self.received = self.received or number
+        self.received = number
+        self.restore()
+        self.announce(f"{signal.Signals(number).name}: stopping after this update; once more to stop at once")
 
     def restore(self) -> None:
         """Gives the signals back to whoever handled them before."""
@@ -777,15 +788,16 @@ class RunningMeans:
             self._values.setdefault(name, []).append(value.detach().float().mean())
 
     def pop(self, accelerator) -> dict[str, float]:
-        """Returns the means over batches and processes, and starts anew; the one host synchronisation of an update."""
+        """Returns the means over batches and processes, and starts anew; this waits for the device, once an update."""
         means = torch.stack([torch.stack(values).mean() for values in self._values.values()])
         names, self._values = list(self._values), {}
         return dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
 
-def leave_interrupts_to_the_main_process(worker: int) -> None:
-    """A `worker_init_fn`: Ctrl-C reaches every process, and the workers must survive it until the step is done."""
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """A `worker_init_fn`: a signal may reach all processes of a group; workers must last until the update is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def add_lora(unet, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
@@ -865,31 +877,65 @@ def checkpoint_steps(output_dir: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> tuple[int, Path | None]:
-    """Returns the step and the folder to resume from; (0, None) to start anew.
+class Checkpoint(NamedTuple):
+    """Where a run stopped: a complete folder `checkpoint-<step>`.
+
+    Attributes:
+        folder: the folder.
+        step: updates made.
+        visit: the next pair visit, see `visit_rng`.
+        options: the run's options by name.
+    """
+
+    folder: Path
+    step: int
+    visit: int
+    options: dict[str, Any]
+
+
+def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Checkpoint | None:
+    """Returns the checkpoint to resume from, None to start anew.
 
     Args:
-        resume_from_checkpoint: a folder `checkpoint-<step>`, by path or by name within `output_dir`; "latest", which
+        resume_from_checkpoint: a folder `checkpoint-<step>`, by name within `output_dir` or by path; "latest", which
             is the newest in `output_dir`, or none if there is none yet; or None.
 
     Raises:
-        ValueError: if the folder does not exist or is no checkpoint.
+        ValueError: if the folder does not exist, is no checkpoint, or is not the newest of `output_dir`: going on from
+            an older one would leave the newer ones of another course beside it.
     """
     if resume_from_checkpoint is None:
-        return 0, None
+        return None
+    newest = max(checkpoint_steps(output_dir).items(), default=(0, None))[1]
     if resume_from_checkpoint == "latest":
-        return max(checkpoint_steps(output_dir).items(), default=(0, None))
-    for folder in (Path(resume_from_checkpoint), Path(output_dir) / resume_from_checkpoint):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and (folder / LORA_FILE).exists():
-            return int(match[1]), folder
+        folders = [newest] if newest else []
+        if not folders:
+            return None
+    else:
+        folders = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
+    for folder in folders:
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / STATE_FILE).exists():
+            if _is_within(folder, output_dir) and folder.name != newest.name:
+                raise ValueError(
+                    f"--resume_from_checkpoint {resume_from_checkpoint}: {newest.name} of the same run is newer; "
+                    "move it away, or name another --output_dir"
+                )
+            return Checkpoint(folder, **json.loads((folder / STATE_FILE).read_text()))
     raise ValueError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; allowed are 'latest' and a folder "
-        f"checkpoint-<step> with {LORA_FILE} in it"
+        f"checkpoint-<step> with {STATE_FILE} in it"
     )
 
 
-def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit: int | None) -> None:
+def check_resumed_options(checkpoint: Checkpoint, options: dict[str, Any], free: set[str]) -> None:
+    """Raises ValueError if a resumed run has other options than it began with, but for the `free` ones."""
+    for name in checkpoint.options.keys() - free:
+        before, now = checkpoint.options[name], options.get(name)
+        if before != now:
+            raise ValueError(f"--{name} is {now}, but {checkpoint.folder} was made with {before}; a run must keep it")
+
+
+def save_checkpoint(accelerator, output_dir, step: int, visit: int, options: dict[str, Any], total_limit: int | None):
     """Writes `checkpoint-<step>` whole or not at all, then removes the oldest beyond `total_limit`."""
     folder = Path(output_dir) / f"checkpoint-{step}"
     partial = folder.with_name(f"partial-{folder.name}")
@@ -900,25 +946,30 @@ def save_checkpoint(accelerator, output_dir: str | Path, step: int, total_limit:
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        (partial / STATE_FILE).write_text(json.dumps({"step": step, "visit": visit, "options": options}, indent=2))
         partial.rename(folder)
         if total_limit is not None:
             for old in list(checkpoint_steps(output_dir).values())[:-total_limit]:
                 shutil.rmtree(old)
 
 
-def check_output_dir(output_dir: str, resumes: bool) -> None:
-    """Raises ValueError if the folder cannot be written, or holds a run that this one would overwrite."""
+def _is_within(folder: Path, parent: str | Path) -> bool:
+    return folder.resolve().parent == Path(parent).resolve()
+
+
+def check_output_dir(output_dir: str | Path, checkpoint: Checkpoint | None) -> None:
+    """Raises ValueError if the folder cannot be written, or holds another run than the one `checkpoint` continues."""
     folder = Path(output_dir)
-    if not resumes and ((folder / LORA_FILE).exists() or checkpoint_steps(folder)):
+    is_continued = checkpoint is not None and _is_within(checkpoint.folder, folder)
+    if not is_continued and ((folder / LORA_FILE).exists() or checkpoint_steps(folder)):
+        remedy = (
+            "continue that run with --resume_from_checkpoint latest" if checkpoint_steps(folder) else "move it away"
+        )
         raise ValueError(
-            f"--output_dir {output_dir} holds a LoRA or checkpoints already; name another folder, or continue that "
-            "run with --resume_from_checkpoint latest"
+            f"--output_dir {output_dir} holds a finished LoRA or checkpoints; name another folder, or {remedy}"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {error}") from error

@@ -60,12 +60,13 @@ from inversion_utils import (
     add_noise,
     backward_in_chunks,
     check_output_dir,
+    check_resumed_options,
     encode_images,
     find_checkpoint,
     forward_noise,
     invert,
     is_zero_lora,
-    leave_interrupts_to_the_main_process,
+    leave_signals_to_the_main_process,
     load_rows,
     map_condition,
     noise_from_model_output,
@@ -81,6 +82,16 @@ from inversion_utils import (
 
 check_min_version("0.42.0")
 logger = get_logger(__name__, log_level="INFO")
+
+LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
+# Options that a resumed run may change: they do not change what is learned, or only how long.
+FREE_ON_RESUME = set(
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
+    "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
+    "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
+    "allow_tf32 dataloader_num_workers max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir "
+    "report_to".split()
+)
 
 
 def parse_args(argv=None):
@@ -153,7 +164,7 @@ def parse_args(argv=None):
     add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
     add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
-    add("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant",
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
         help="course of the learning rate")
     add("--lr_warmup_steps", type=natural, default=0, help="updates over which the learning rate rises from 0")
     add("--train_batch_size", type=count, default=4,
@@ -177,7 +188,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output_dir", required=True, help="folder for the LoRA, checkpoints and logs")
-    add("--seed", type=natural, default=0, help="the same seed gives the same run")
+    add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
     add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
     add("--checkpointing_steps", type=count, default=100, help="updates between two checkpoints")
     add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
@@ -187,19 +198,25 @@ def parse_args(argv=None):
     # fmt: on
 
     args = parser.parse_args(argv)
-    check_args(args, parser.error)
+    check_args(args, parser.error, parser.get_default)
     return args, parser.error
 
 
-def check_args(args, error):
-    """Ends the run by `error` if an option is out of its range or contradicts another."""
+def check_args(args, error, default):
+    """Ends the run by `error` if an option contradicts another or needs what is not installed."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         error("give the data by either --dataset_name or --train_data_dir")
-    if args.resolution < 8 or args.resolution % 8:
-        error(f"--resolution is {args.resolution}; allowed: multiples of 8")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        error("--lr_warmup_steps goes with another --lr_scheduler than constant: constant_with_warmup, for instance")
+    if args.max_train_steps is not None and args.lr_warmup_steps >= args.max_train_steps:
+        error(f"--lr_warmup_steps is {args.lr_warmup_steps}; allowed: below --max_train_steps {args.max_train_steps}")
     if args.label_smoothing and args.loss_type != "sigmoid":
         error(f"--label_smoothing goes with --loss_type sigmoid, not {args.loss_type}")
-    if inversion_steps(args) < timesteps_per_pair(args):
+    if args.objective == "diffusion_dpo":
+        for name in ("steps", "model", "order", "spacing", "guidance_scale"):
+            if getattr(args, f"inversion_{name}") != default(f"inversion_{name}"):
+                error(f"--inversion_{name} goes with an --objective that inverts, not with diffusion_dpo")
+    elif inversion_steps(args) < timesteps_per_pair(args):
         error(
             f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
         )
@@ -235,17 +252,30 @@ def timestep_band(args, noise_scheduler):
 
 def load_noise_scheduler(args):
     """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
-    source = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    model, source = (
+        args.pretrained_model_name_or_path,
+        f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}",
+    )
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     try:
-        unet = UNet2DConditionModel.load_config(args.pretrained_model_name_or_path, subfolder="unet", **where)
-        noise_scheduler = DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", **where
-        )
+        unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
+        noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **where)
+        if args.pretrained_vae_model_name_or_path:
+            vae = AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+        else:
+            vae = AutoencoderKL.load_config(model, subfolder="vae", **where)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} is no Stable Diffusion model: {' '.join(str(error).split())[:300]}") from error
     if unet.get("addition_embed_type"):
         raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+        raise ValueError(
+            f"{source}: its U-Net takes {unet.get('in_channels')} channels, its VAE makes "
+            f"{vae.get('latent_channels')}; inpainting and other image-conditioned models are not supported"
+        )
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    if args.resolution < factor or args.resolution % factor:
+        raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
@@ -303,29 +333,26 @@ def collate(examples, tokenizer):
 @torch.no_grad()
 def encode_prompts(text_encoder, input_ids):
     """Returns the U-Net's conditioning for token ids (B, L), twice over: (2B, ...), for the winners and the losers."""
-    embeds = text_encoder(input_ids.to(text_encoder.device))[0]
+    embeds = text_encoder(input_ids.to(text_encoder.device, non_blocking=True))[0]
     return {"encoder_hidden_states": torch.cat([embeds, embeds])}
 
 
-def predict_noise(unet, x_t, timesteps, cond, noise_scheduler, weight_dtype):
+def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, weight_dtype):
     """Returns the U-Net's noise prediction (N, C, h, w), float32, for epsilon- and v-prediction models alike."""
     model_output = unet(x_t.to(weight_dtype), timesteps, **cond).sample
-    return noise_from_model_output(
-        model_output, x_t, timesteps, noise_scheduler.alphas_cumprod, noise_scheduler.config.prediction_type
-    )
+    return noise_from_model_output(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
 
 
-def create_optimizer(args, parameters, num_processes):
+def create_optimizer(args, parameters, visits_per_update):
     """Returns AdamW over the LoRA's parameters, in 8 bit if asked for."""
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes as bnb
 
         optimizer_class = bnb.optim.AdamW8bit
-    scale = args.train_batch_size * args.gradient_accumulation_steps * num_processes if args.scale_lr else 1
     return optimizer_class(
         parameters,
-        lr=args.learning_rate * scale,
+        lr=args.learning_rate * (visits_per_update if args.scale_lr else 1),
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -336,8 +363,10 @@ def main(argv=None):
     args, error = parse_args(argv)
     num_targets = timesteps_per_pair(args)
     try:
-        start_step, checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        check_output_dir(args.output_dir, resumes=args.resume_from_checkpoint is not None)
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        if checkpoint:
+            check_resumed_options(checkpoint, vars(args), FREE_ON_RESUME)
+        check_output_dir(args.output_dir, checkpoint)
         noise_scheduler = load_noise_scheduler(args)
         min_timestep, max_timestep = timestep_band(args, noise_scheduler)
         pairs = load_pairs(args)
@@ -357,6 +386,8 @@ def main(argv=None):
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     if args.inversion_guidance_scale > 1:
         logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
@@ -374,22 +405,23 @@ def main(argv=None):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
 
-    visits_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
     max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / visits_per_update)
     dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_sampler=VisitBatches(
-            len(pairs), args.train_batch_size, args.seed, start_step * visits_per_update,
+            len(pairs), args.train_batch_size, args.seed, visit,
             accelerator.process_index, accelerator.num_processes,
         ),
         collate_fn=partial(collate, tokenizer=tokenizer),
-        worker_init_fn=leave_interrupts_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
-    optimizer = create_optimizer(args, lora_parameters, accelerator.num_processes)
+    optimizer = create_optimizer(args, lora_parameters, visits_per_update)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
     )
@@ -399,8 +431,9 @@ def main(argv=None):
     policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
     register_lora_checkpointing(accelerator, base, StableDiffusionPipeline)
     if checkpoint:
-        accelerator.load_state(checkpoint)
-        logger.info(f"Resuming from {checkpoint}")
+        accelerator.load_state(checkpoint.folder)
+        accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
+        logger.info(f"Resuming from {checkpoint.folder}")
     if args.report_to != "none":
         config = {
             key: value if isinstance(value, int | float | str | bool) else str(value)
@@ -408,9 +441,13 @@ def main(argv=None):
         }
         accelerator.init_trackers("inversion-dpo", config=config)
 
+    prediction_type = noise_scheduler.config.prediction_type
+    alphas_cumprod = noise_scheduler.alphas_cumprod  # on the CPU, where the inverter plans its steps
+    alphas_cumprod_on_device = alphas_cumprod.to(accelerator.device)
+
     def predict(model, x_t, timesteps, cond):
         with accelerator.autocast():
-            return predict_noise(model, x_t, timesteps, cond, noise_scheduler, weight_dtype)
+            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod_on_device, prediction_type, weight_dtype)
 
     def predict_guided(x_t, timesteps, cond):
         """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
@@ -435,12 +472,10 @@ def main(argv=None):
         f"{num_targets} timesteps a pair in {min_timestep}..{max_timestep}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
-    progress = tqdm(
-        total=max_train_steps, initial=start_step, desc="Steps", disable=not accelerator.is_local_main_process
-    )
+    progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     policy.train()
-    step, good_steps, bad_steps, bad_steps_in_a_row = start_step, 0, 0, 0
-    means, stop, is_stopping = RunningMeans(), StopSignal(), False
+    good_steps = bad_steps = bad_steps_in_a_row = 0
+    means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
 
     for batch in dataloader if step < max_train_steps else []:
         bad_rows.add(batch["bad_rows"])
@@ -452,15 +487,17 @@ def main(argv=None):
 
             # 2  Invert with the reference; the baseline takes forward noise instead
             if args.objective == "diffusion_dpo":
-                noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:])).to(latents)
-                x_t = add_noise(latents, noise, timesteps, noise_scheduler.alphas_cumprod)
-                trajectory = Trajectory(timesteps.to(latents.device), x_t, noise, None)
+                timesteps = timesteps.to(latents.device, non_blocking=True)
+                noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
+                noise = noise.to(latents.device, non_blocking=True)
+                x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
+                trajectory = Trajectory(timesteps, x_t, noise, None)
             else:
                 by_reference = args.inversion_model == "reference"
                 with reference_policy(base) if by_reference else contextlib.nullcontext():
                     trajectory = invert(
                         lambda x_t, timesteps, cond=cond: predict_guided(x_t, timesteps, cond),
-                        latents, timesteps, noise_scheduler.alphas_cumprod, inversion_steps(args),
+                        latents, timesteps, alphas_cumprod, inversion_steps(args),
                         order=args.inversion_order, spacing=args.inversion_spacing,
                         predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
                     )  # fmt: skip
@@ -503,11 +540,12 @@ def main(argv=None):
                 optimizer.step()
             optimizer.zero_grad()
 
-        step += 1
+        step, visit = step + 1, visit + visits_per_update
         good_steps, bad_steps = good_steps + (not is_bad), bad_steps + is_bad
         bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
         accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}, step=step)
-        lr_scheduler.step()
+        if not is_bad:
+            lr_scheduler.step()
         progress.update()
         progress.set_postfix_str(
             f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
@@ -523,12 +561,11 @@ def main(argv=None):
                 f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
             )
         if is_stopping or step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, step, args.checkpoints_total_limit)
+            save_checkpoint(accelerator, args.output_dir, step, visit, vars(args), args.checkpoints_total_limit)
         if is_stopping or step >= max_train_steps:
             break
 
     progress.close()
-    stop.restore()
     if len(bad_rows):
         logger.warning(f"{len(bad_rows)} unreadable rows were skipped", main_process_only=False)
     if bad_steps:
@@ -538,6 +575,7 @@ def main(argv=None):
     elif accelerator.is_main_process:
         logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
     accelerator.end_training()
+    stop.restore()
     if is_stopping and step < max_train_steps:
         sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
 

@@ -15,7 +15,9 @@ case $preference in
 esac
 results=quickstart/$preference
 if [ -e "$results" ]; then
-    echo "$results exists already: look at $results/before_after.png, or remove the folder to run again" >&2
+    [ -e "$results/before_after.png" ] && remedy="look at $results/before_after.png, or remove the folder to run again" \
+        || remedy="an earlier run did not finish; remove the folder to run again"
+    echo "$results exists already: $remedy" >&2
     exit 2
 fi
 

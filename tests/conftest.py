@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def pairs_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def train(tiny_model, pairs_dir, tmp_path, capsys):
+def train(tiny_model, pairs_dir, tmp_path):
     """Runs the script's main with small settings and returns --output_dir; options by keyword, True for a flag."""
 
     def run(output="run", **options):
@@ -118,7 +119,10 @@ def train(tiny_model, pairs_dir, tmp_path, capsys):
         train_inversion_dpo.main(argv)
         return output_dir
 
-    return run
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield run
+    for number, handler in handlers.items():  # which a run that failed has not restored
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -126,6 +130,7 @@ def refused(train, capsys):
     """Runs the script with options that it must refuse, and returns the one line that it printed for it."""
 
     def run(**options):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train(**options)
         assert stop.value.code == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import pair_rows, write_json, write_parquet
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -153,7 +154,6 @@ def test_the_gradient_at_the_start_is_not_zero(train):
     "options",
     [
         {"mixed_precision": "bf16"},
-        {"mixed_precision": "fp16"},
         {"gradient_checkpointing": True},
         {"use_8bit_adam": True},
         {"loss_type": "hinge"},
@@ -248,17 +248,47 @@ def spoil_losses(monkeypatch, at_steps):
     monkeypatch.setattr(train_inversion_dpo, "preference_loss", preference_loss)
 
 
+@pytest.fixture
+def loss_scaling(monkeypatch):
+    """Gives fp16 on the CPU what accelerate gives it only on a GPU: autocast and a loss scaler; returns scalers."""
+    scalers = []
+
+    def accelerator(**options):
+        accelerator = Accelerator(**options)
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(train_inversion_dpo, "Accelerator", accelerator)
+    return scalers
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, precision):
-    spoil_losses(monkeypatch, at_steps={1, 3})
+def test_an_update_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, request, precision):
+    scalers = request.getfixturevalue("loss_scaling") if precision == "fp16" else []
+    spoil_losses(monkeypatch, at_steps={0, 2})
     options = {"mixed_precision": precision, "checkpointing_steps": 1, "report_to": "tensorboard"}
-    output_dir = train(max_train_steps=5, max_bad_steps=2, **options)
-    steps = {i: lora(output_dir / f"checkpoint-{i}") for i in range(1, 6)}
-    assert_same(steps[1], steps[2])
-    assert_same(steps[3], steps[4])
-    assert not torch.equal(*(next(iter(steps[i].values())) for i in (2, 3)))
-    assert all(value.isfinite().all() for value in steps[5].values())
-    assert logged(output_dir, "bad_steps") == [0, 1, 1, 2, 2]
+    output_dir = train(max_train_steps=4, max_bad_steps=2, trajectory_chunk=3, **options)
+    steps = {i: lora(output_dir / f"checkpoint-{i}") for i in range(1, 5)}
+    assert not any(value.any() for key, value in steps[1].items() if "lora_B" in key)
+    assert_same(steps[2], steps[3])
+    for earlier, later in ((1, 2), (3, 4)):
+        assert not any(
+            torch.equal(steps[earlier][key], value) for key, value in steps[later].items() if "lora_B" in key
+        )
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in steps[4].values())
+    assert logged(output_dir, "bad_steps") == [1, 1, 2, 2]
+    assert [scaler.get_scale() for scaler in scalers] == ([2.0**14] if precision == "fp16" else [])
+
+
+def test_fp16_learns_what_fp32_learns(train, loss_scaling):
+    """One update's margins, in half precision with loss scaling, are those of float32 within a tenth."""
+    options = {"max_train_steps": 4, "train_batch_size": 8, "learning_rate": 1e-3, "report_to": "tensorboard"}
+    half = logged(train("fp16", mixed_precision="fp16", **options), "rewards/margins")
+    assert loss_scaling
+    full = logged(train("fp32", mixed_precision="no", **options), "rewards/margins")
+    assert full[-1] > 0.1
+    assert half[-1] == pytest.approx(full[-1], rel=0.1)
 
 
 def test_too_many_bad_updates_in_a_row_end_the_run_and_keep_the_checkpoint(train, monkeypatch, tmp_path):
@@ -381,6 +411,12 @@ def sdxl_unet(folder):
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "sigmoid", "ipo"]),
         ({"loss_type": "dpo"}, ["--loss_type", "dpo", "sigmoid"]),
         ({"resolution": 100}, ["--resolution", "100", "8"]),
+        ({"seed": 2**32}, ["--seed", str(2**32), "at most"]),
+        ({"lr_scheduler": "piecewise_constant"}, ["--lr_scheduler", "piecewise_constant", "cosine"]),
+        ({"lr_warmup_steps": 1}, ["--lr_warmup_steps", "constant_with_warmup"]),
+        ({"lr_warmup_steps": 5, "lr_scheduler": "linear"}, ["--lr_warmup_steps is 5", "--max_train_steps 2"]),
+        ({"objective": "diffusion_dpo", "inversion_steps": 9}, ["--inversion_steps", "diffusion_dpo"]),
+        ({"mixed_precision": "fp16"}, ["--mixed_precision fp16", "GPU", "bf16"]),
         ({"inversion_steps": 3}, ["--inversion_steps", "3", "4"]),
         ({"inversion_guidance_scale": 0.5}, ["--inversion_guidance_scale", "0.5", "at least 1"]),
         ({"min_timestep": 500, "max_timestep": 400}, ["--min_timestep 500", "--max_timestep 400"]),
@@ -401,7 +437,13 @@ def test_mistakes_end_the_run_in_one_line_before_any_weights_load(refused, no_mo
     assert all(text in message for text in named), message
 
 
-@pytest.mark.parametrize(("damage", "named"), [(bad_scheduler, "'sample'"), (sdxl_unet, "SDXL")])
+def inpainting_unet(folder):
+    write_json(folder / "unet" / "config.json", in_channels=9)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"), [(bad_scheduler, "'sample'"), (sdxl_unet, "SDXL"), (inpainting_unet, "takes 9 channels")]
+)
 def test_unsuitable_models_are_refused(refused, no_models, tiny_model, tmp_path, damage, named):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     damage(folder)
@@ -422,10 +464,34 @@ def test_an_output_dir_in_use_is_refused_and_kept(train, refused, no_models, tmp
     assert "--output_dir" in refused() and (folder / LORA_FILE).read_bytes() == b"precious"
 
 
-def test_a_checkpoint_of_another_rank_is_refused(train):
+def test_a_resumed_run_must_be_the_same_run(train, refused, monkeypatch):
     train(max_train_steps=1, checkpointing_steps=1)
-    with pytest.raises(ValueError, match="another --rank"):
-        train(max_train_steps=2, rank=8, resume_from_checkpoint="latest")
+    message = refused(max_train_steps=2, rank=8, resume_from_checkpoint="latest")
+    assert "--rank is 8" in message and "was made with 4" in message
+    assert "--seed is 1" in refused(max_train_steps=2, seed=1, resume_from_checkpoint="latest")
+
+
+def test_a_finished_lora_without_a_checkpoint_is_kept(train, refused):
+    output_dir = train(max_train_steps=1)
+    before = lora(output_dir)
+    assert "--output_dir" in refused(resume_from_checkpoint="latest", max_train_steps=2)
+    assert_same(before, lora(output_dir))
+
+
+def test_resuming_with_another_batch_goes_on_at_the_next_visit(train, monkeypatch):
+    """The visit is in the checkpoint, so another geometry neither skips nor repeats a pair."""
+    visits = []
+    original = train_inversion_dpo.collate
+
+    def collate(examples, tokenizer):
+        visits.append([example["visit"] for example in examples])
+        return original(examples, tokenizer)
+
+    monkeypatch.setattr(train_inversion_dpo, "collate", collate)
+    train(max_train_steps=3, checkpointing_steps=3, train_batch_size=2)
+    geometry = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
+    train(max_train_steps=5, checkpointing_steps=5, resume_from_checkpoint="latest", **geometry)
+    assert sum(visits, []) == list(range(6 + 2 * 8))
 
 
 def test_args_are_not_changed(train, monkeypatch):
@@ -452,7 +518,7 @@ def test_copied_alone_into_an_empty_folder_it_trains(tiny_model, pairs_dir, tmp_
         "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pairs_dir, "--output_dir", "out",
         "--resolution", "32", "--max_train_steps", "2", "--rank", "4",
     ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {key: value for key, value in ONE_THREAD.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "acc=" in done.stderr and "margin=" in done.stderr
@@ -460,17 +526,53 @@ def test_copied_alone_into_an_empty_folder_it_trains(tiny_model, pairs_dir, tmp_
     assert all(hashlib.sha256(path.read_bytes()).digest() == value for path, value in digest.items())
 
 
-def test_two_processes_equal_one(train, tiny_model, pairs_dir, tmp_path):
-    """Two CPU processes (gloo) with a batch of 2 take the same steps as one with a batch of 4."""
-    one = lora(train("one", train_batch_size=4, max_train_steps=3))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533",
-        ROOT / "train_inversion_dpo.py", "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pairs_dir,
-        "--output_dir", tmp_path / "two", "--resolution", "32", "--train_batch_size", "2", "--max_train_steps", "3",
-        "--rank", "4", "--report_to", "none",
+def launch(output_dir, tiny_model, pairs_dir, *options, processes=1):
+    """The command line that runs the script in a group of processes."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
+    return [
+        sys.executable, *launcher, ROOT / "train_inversion_dpo.py", "--pretrained_model_name_or_path", tiny_model,
+        "--train_data_dir", pairs_dir, "--output_dir", output_dir, "--resolution", "32", "--rank", "4",
+        "--train_batch_size", "2", "--report_to", "none", *options,
     ]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+ONE_THREAD = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_equal_one_and_resume_exactly(train, tiny_model, pairs_dir, tmp_path):
+    """Two CPU processes (gloo) with chunks and accumulation: the steps of one process, the same bits after a stop."""
+    method = {"trajectory_chunk": 3, "gradient_accumulation_steps": 2, "max_train_steps": 4}
+    one = lora(train("one", train_batch_size=4, **method))
+    options = [word for name, value in method.items() for word in (f"--{name}", str(value))]
+    command = launch(tmp_path / "two", tiny_model, pairs_dir, *options, "--checkpointing_steps", "2", processes=2)
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "updates of 4 pairs" in done.stderr
+    assert "updates of 8 pairs" in done.stderr
     assert_same(lora(tmp_path / "two"), one, atol=2e-6)
+
+    shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
+    resume = launch(
+        tmp_path / "stopped", tiny_model, pairs_dir, *options, "--resume_from_checkpoint", "latest", processes=2
+    )
+    done = subprocess.run(resume, env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(lora(tmp_path / "stopped"), lora(tmp_path / "two"))
+
+
+def test_a_signal_to_the_whole_group_spares_the_workers(tiny_model, pairs_dir, tmp_path):
+    """As schedulers and launchers send it: data workers get it too, and must not die before the update is done."""
+    options = ["--max_train_steps", "1000", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "4"]
+    command = launch(tmp_path / "run", tiny_model, pairs_dir, *options)
+    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    seen = ""
+    while "acc=" not in seen:
+        assert (character := process.stderr.read(1)), seen
+        seen += character
+    os.killpg(process.pid, signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM, rest[-3000:]
+    assert "SIGTERM: stopping after this update" in rest and "--resume_from_checkpoint latest" in rest
+    assert len(list((tmp_path / "run").glob("checkpoint-*/training_state.json"))) == 1
+    assert not (tmp_path / "run" / LORA_FILE).exists()

@@ -1,6 +1,10 @@
 """What the scripts share around the loop: chunked backward, LoRA files, checkpoints, number types."""
 
 import argparse
+import json
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,9 +12,14 @@ from conftest import build_pipeline
 from diffusers import StableDiffusionPipeline
 
 from inversion_utils import (
+    LORA_FILE,
+    STATE_FILE,
+    Checkpoint,
+    StopSignal,
     add_lora,
     backward_in_chunks,
     check_output_dir,
+    check_resumed_options,
     checkpoint_steps,
     encode_images,
     find_checkpoint,
@@ -107,30 +116,82 @@ def test_conditions_are_mapped_at_any_depth():
     assert doubled["encoder_hidden_states"].shape == doubled["added_cond_kwargs"]["time_ids"].shape == (4,)
 
 
-def test_checkpoints_are_found_by_step_not_by_name(tmp_path):
+@pytest.fixture
+def run_dir(tmp_path):
+    """Folder of a run with checkpoints 9 and 10, an unfinished one, and one that is none."""
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "pytorch_lora_weights.safetensors").touch()
-    assert list(checkpoint_steps(tmp_path)) == [9, 10]
-    assert find_checkpoint(tmp_path, "latest") == (10, tmp_path / "checkpoint-10")
-    assert find_checkpoint(tmp_path, "checkpoint-9") == (9, tmp_path / "checkpoint-9")
-    assert find_checkpoint("elsewhere", str(tmp_path / "checkpoint-9")) == (9, tmp_path / "checkpoint-9")
-    assert find_checkpoint(tmp_path, None) == (0, None) == find_checkpoint(tmp_path / "empty", "latest")
-    for name in ("checkpoint-11", "partial-checkpoint-11", "checkpoint-x", str(tmp_path)):
-        with pytest.raises(ValueError, match="--resume_from_checkpoint"):
-            find_checkpoint(tmp_path, name)
+        state = {"step": 10, "visit": 40, "options": {"rank": 4, "output_dir": "a"}}
+        (tmp_path / name / STATE_FILE).write_text(json.dumps(state))
+    return tmp_path
 
 
-def test_output_dirs_in_use_or_unusable(tmp_path):
-    check_output_dir(tmp_path / "new" / "deep", resumes=False)
-    assert not any((tmp_path / "new" / "deep").iterdir())
-    (tmp_path / "new" / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="--output_dir .* holds a LoRA or checkpoints"):
-        check_output_dir(tmp_path / "new", resumes=False)
-    check_output_dir(tmp_path / "new", resumes=True)
-    (tmp_path / "file").touch()
+def test_checkpoints_are_found_by_step_not_by_name(run_dir):
+    assert list(checkpoint_steps(run_dir)) == [9, 10]
+    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, {"rank": 4, "output_dir": "a"})
+    assert find_checkpoint(run_dir, "latest") == find_checkpoint(run_dir, "checkpoint-10") == newest
+    assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-10")) == newest
+    assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
+    assert find_checkpoint(run_dir, None) is None is find_checkpoint(run_dir / "empty", "latest")
+    for name in ("checkpoint-11", "partial-checkpoint-11", "checkpoint-x", str(run_dir)):
+        with pytest.raises(ValueError, match="--resume_from_checkpoint .* no such checkpoint"):
+            find_checkpoint(run_dir, name)
+
+
+def test_a_checkpoint_that_is_not_the_newest_of_its_run_is_refused(run_dir):
+    """Going on from it would leave checkpoint-10 of another course beside its own."""
+    with pytest.raises(ValueError, match="checkpoint-10 of the same run is newer"):
+        find_checkpoint(run_dir, "checkpoint-9")
+
+
+def test_the_name_is_looked_up_in_the_output_dir_first(run_dir, monkeypatch):
+    (run_dir / "other" / "checkpoint-10").mkdir(parents=True)
+    (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text(json.dumps({"step": 10, "visit": 7, "options": {}}))
+    monkeypatch.chdir(run_dir / "other")
+    assert find_checkpoint(run_dir, "checkpoint-10").visit == 40
+
+
+def test_a_resumed_run_keeps_its_options_but_for_the_free_ones(run_dir):
+    checkpoint = find_checkpoint(run_dir, "latest")
+    check_resumed_options(checkpoint, {"rank": 4, "output_dir": "b"}, free={"output_dir"})
+    with pytest.raises(ValueError, match="--rank is 8, .* was made with 4"):
+        check_resumed_options(checkpoint, {"rank": 8, "output_dir": "a"}, free={"output_dir"})
+
+
+def test_output_dirs_in_use_or_unusable(run_dir):
+    check_output_dir(run_dir / "new" / "deep", None)
+    assert not any((run_dir / "new" / "deep").iterdir())
+    checkpoint = find_checkpoint(run_dir, "latest")
+    check_output_dir(run_dir, checkpoint)
+    with pytest.raises(ValueError, match="--output_dir .* continue that run with --resume_from_checkpoint latest"):
+        check_output_dir(run_dir, None)
+    (run_dir / "new" / LORA_FILE).touch()
+    for stranger in (None, checkpoint):  # a finished LoRA of another run is never replaced
+        with pytest.raises(ValueError, match="--output_dir .* move it away"):
+            check_output_dir(run_dir / "new", stranger)
+    (run_dir / "file").touch()
     with pytest.raises(ValueError, match="--output_dir .* cannot be written"):
-        check_output_dir(tmp_path / "file", resumes=False)
+        check_output_dir(run_dir / "file", None)
+
+
+def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path):
+    """As all ranks of a run do at the same moment."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: check_output_dir(tmp_path, None), range(200)))
+
+
+def test_the_first_signal_is_remembered_and_the_second_one_ends(monkeypatch):
+    lines, ends = [], []
+    previous = signal.signal(signal.SIGTERM, lambda *args: ends.append(args))
+    try:
+        stop = StopSignal(lines.append)
+        assert stop.received == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM and "SIGTERM" in lines[0] and not ends
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(ends) == 1 and len(lines) == 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @pytest.mark.parametrize("text", ["0", "5", "nan", "inf", "-1"])
