@@ -1,0 +1,114 @@
+"""Sample preference pairs of the small world from a model and label them with a programmed preference.
+
+    python examples/make_pairs.py --model examples/small_world_model --preference area --output_dir pairs
+
+Writes `<output_dir>/train.parquet` in Pick-a-Pic's columns: `jpg_0` and `jpg_1` (image files as bytes; PNG in spite of
+the name, since JPEG would blur the very edges that the sharpness preference judges), `label_0` (1 if image 0 won, 0 if
+image 1 won, 0.5 for a tie) and `caption`. Load it with `load_dataset("parquet", data_files="<output_dir>/*.parquet")`.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import small_world
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+
+def add_sampling_options(parser):
+    parser.add_argument("--num_inference_steps", type=int, default=16, help="Sampler steps; more costs time")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Above 1: obeys captions more, varies less")
+    parser.add_argument("--batch_size", type=int, default=64, help="Pictures sampled at a time")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def check_options(parser, args, new_file, *counts):
+    """Ends the program with one line if the model or a count is unusable, or if `new_file` is there already."""
+    for name in (*counts, "num_inference_steps", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not (Path(args.model) / "model_index.json").is_file():
+        parser.error(f"--model {args.model}: not a saved pipeline (no model_index.json in it)")
+    if (Path(args.output_dir) / new_file).exists():
+        parser.error(f"--output_dir {args.output_dir}: already holds {new_file}; give another folder or remove it")
+
+
+def load_pipeline(model):
+    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sample_pictures(pipeline, captions, seeds, num_inference_steps=16, guidance_scale=1.5, batch_size=64):
+    """One picture per caption and seed, uint8 (N, H, W, 3); each depends on its own caption and seed only."""
+    pictures = []
+    for i in range(0, len(captions), batch_size):
+        batch = pipeline(
+            captions[i : i + batch_size],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch_size]],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+        ).images
+        pictures.append(np.round(batch * 255).astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def label_pairs(scores_0, scores_1, tie_margin):
+    """`label_0` of pairs with these scores, (N,): 1 where image 0 scores higher, 0.5 where they differ by less."""
+    return np.where(np.abs(scores_0 - scores_1) < tie_margin, 0.5, (scores_0 > scores_1).astype(float))
+
+
+def encode_png(picture):
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="PNG")
+    return file.getvalue()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="Folder of the pipeline to sample from")
+    parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
+    parser.add_argument("--output_dir", required=True, help="Folder for train.parquet")
+    parser.add_argument("--num_pairs", type=int, default=256)
+    parser.add_argument("--tie_margin", type=float, default=0.01, help="Scores closer than this are labelled a tie")
+    add_sampling_options(parser)
+    args = parser.parse_args(argv)
+    check_options(parser, args, "train.parquet", "num_pairs")
+    return args
+
+
+def main(args):
+    # All first images, then all second images; no two of them share a seed.
+    captions = [small_world.TRAINING_CAPTIONS[i % len(small_world.TRAINING_CAPTIONS)] for i in range(args.num_pairs)]
+    seeds = [args.seed * 2 * args.num_pairs + i for i in range(2 * args.num_pairs)]
+    pictures = sample_pictures(
+        load_pipeline(args.model), captions * 2, seeds, args.num_inference_steps, args.guidance_scale, args.batch_size
+    )
+
+    score = small_world.PREFERENCES[args.preference]
+    scores_0, scores_1 = np.array([score(picture) for picture in pictures]).reshape(2, -1)
+    label_0 = label_pairs(scores_0, scores_1, args.tie_margin)
+    files = [encode_png(picture) for picture in pictures]
+    columns = {
+        "jpg_0": files[: args.num_pairs],
+        "jpg_1": files[args.num_pairs :],
+        "label_0": label_0,
+        "caption": captions,
+    }
+    path = Path(args.output_dir) / "train.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    print(
+        f"wrote {path}: {args.num_pairs} pairs, {(label_0 == 0.5).sum()} of them ties; mean {args.preference} of "
+        f"winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers {np.minimum(scores_0, scores_1).mean():.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
