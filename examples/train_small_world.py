@@ -11,9 +11,9 @@ The pipeline is written every `--save_steps` steps and at the end. Run the same 
 interruption.
 
 The weights that are shipped in `examples/small_world_model` were made while this script was still changing: the
-autoencoder in three resumed stages (3450 steps) with other learning rates and weights of the edge loss, the U-Net in one
-run of 2000 steps with the settings below. A run of the command above has not been compared with them; judging by its
-measured seconds per step it takes about half an hour on two cores.
+autoencoder in three resumed stages (3450 steps) with other learning rates and weights of the edge loss, the U-Net in
+one run of 2000 steps with the settings below. A run of the command above has not been compared with them; judging by
+its measured seconds per step it takes about half an hour on two cores.
 """
 
 import argparse

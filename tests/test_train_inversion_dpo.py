@@ -104,6 +104,17 @@ def count_calls(monkeypatch):
     return calls
 
 
+def test_inversion_dpo_and_inpo_differ_in_where_the_mean_stands(train):
+    """At one timestep a pair they are the same; at more, inversion_dpo's mean stands inside the log-sigmoid."""
+    options = {"max_train_steps": 3, "learning_rate": 1e-3}
+    for num_targets in (1, 3):
+        weights = [
+            lora(train(f"{objective}_{num_targets}", objective=objective, timesteps_per_pair=num_targets, **options))
+            for objective in ("inversion_dpo", "inpo")
+        ]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]) == (num_targets == 1)
+
+
 def test_unet_calls_of_an_update(train, monkeypatch):
     """n + 1 reference calls on 2B latents and one policy call on M 2B; the policy's alone has a gradient."""
     calls = count_calls(monkeypatch)
