@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -139,6 +140,21 @@ def refused(train, capsys):
         return message.split(": error: ", 1)[1]
 
     return run
+
+
+@pytest.fixture
+def loss_scaling(monkeypatch):
+    """Gives fp16 on the CPU what accelerate gives it only on a GPU: autocast and a loss scaler; returns scalers."""
+    scalers = []
+
+    def accelerator(**options):
+        accelerator = Accelerator(**options)
+        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(train_inversion_dpo, "Accelerator", accelerator)
+    return scalers
 
 
 @pytest.fixture

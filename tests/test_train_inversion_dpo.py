@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import pair_rows, write_json, write_parquet
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -257,21 +256,6 @@ def spoil_losses(monkeypatch, at_steps):
         return (loss * float("nan") if next(seen) in at_steps else loss), metrics
 
     monkeypatch.setattr(train_inversion_dpo, "preference_loss", preference_loss)
-
-
-@pytest.fixture
-def loss_scaling(monkeypatch):
-    """Gives fp16 on the CPU what accelerate gives it only on a GPU: autocast and a loss scaler; returns scalers."""
-    scalers = []
-
-    def accelerator(**options):
-        accelerator = Accelerator(**options)
-        accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
-        scalers.append(accelerator.scaler)
-        return accelerator
-
-    monkeypatch.setattr(train_inversion_dpo, "Accelerator", accelerator)
-    return scalers
 
 
 @pytest.mark.parametrize("precision", ["no", "fp16"])
