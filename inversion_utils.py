@@ -60,11 +60,17 @@ class Trajectory(NamedTuple):
     predicted: torch.Tensor | None
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a tensor, without waiting where it goes to an accelerator."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
 def alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, like: torch.Tensor):
     """Returns alpha_t and sigma_t (..., 1, 1, 1) for timesteps (...), on the device and in the dtype of `like`."""
-    table = alphas_cumprod.to(like.dtype).to(like.device, non_blocking=True)
-    abar = table[timesteps.to(like.device, non_blocking=True)][..., None, None, None]
-    return abar.sqrt(), (1 - abar).sqrt()
+    dtype = torch.promote_types(like.dtype, torch.float32)  # in half precision 1 - abar is wrong or zero at small t
+    table = to_device(alphas_cumprod.to(dtype), like.device)
+    abar = table[to_device(timesteps, like.device)][..., None, None, None]
+    return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
 
 def add_noise(
@@ -277,15 +283,12 @@ def invert(
     ratio, weight = _step_weights(nodes, noise_levels(alphas_cumprod), order)
     abar = alphas_cumprod.double().cpu()[nodes]
     tables = torch.stack([abar.sqrt(), (1 - abar).sqrt(), ratio, weight, (ratio != 1).double()]).to(latents.dtype)
-
-    def to_device(tensor):
-        return tensor.to(latents.device, non_blocking=True)
-
-    alpha, sigma, ratio, weight, moves = to_device(tables)[..., None, None, None]
-    node_timesteps = to_device(torch.cat([torch.zeros_like(nodes[:1]), nodes]))
+    alpha, sigma, ratio, weight, moves = to_device(tables, latents.device)[..., None, None, None]
+    node_timesteps = to_device(torch.cat([torch.zeros_like(nodes[:1]), nodes]), latents.device)
     # targets_at[k]: which targets m of which samples i are node k, (2, number of them)
-    order, counts = target_index.flatten().argsort(), target_index.flatten().bincount(minlength=num_steps + 1)
-    targets_at = to_device(torch.stack([order // len(latents), order % len(latents)])).split(counts.tolist(), dim=1)
+    by_node, counts = target_index.flatten().argsort(), target_index.flatten().bincount(minlength=num_steps + 1)
+    targets_at = torch.stack([by_node // len(latents), by_node % len(latents)])
+    targets_at = to_device(targets_at, latents.device).split(counts.tolist(), dim=1)
     shape = (*timesteps.shape, *latents.shape[1:])
     states, noise = latents.new_empty(shape), latents.new_empty(shape)
     predicted = latents.new_empty(shape) if predict_at_targets else None
@@ -306,7 +309,7 @@ def invert(
         e_o = torch.lerp(e_o, e_p, moves[k])  # a step of length zero does not enter the history
         m, i = targets_at[k + 1]
         states[m, i], noise[m, i] = x[i], tau[i]
-    return Trajectory(to_device(timesteps.long()), states, noise, predicted)
+    return Trajectory(to_device(timesteps.long(), latents.device), states, noise, predicted)
 
 
 # 2  Objectives
@@ -884,12 +887,14 @@ class Checkpoint(NamedTuple):
         folder: the folder.
         step: updates made.
         visit: the next pair visit, see `visit_rng`.
+        num_pairs: pairs in the data, on which the order of the visits depends.
         options: the run's options by name.
     """
 
     folder: Path
     step: int
     visit: int
+    num_pairs: int
     options: dict[str, Any]
 
 
@@ -920,36 +925,44 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
                     f"--resume_from_checkpoint {resume_from_checkpoint}: {newest.name} of the same run is newer; "
                     "move it away, or name another --output_dir"
                 )
-            return Checkpoint(folder, **json.loads((folder / STATE_FILE).read_text()))
+            try:
+                return Checkpoint(folder, **json.loads((folder / STATE_FILE).read_text()))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{folder / STATE_FILE} is damaged: {error}") from error
     raise ValueError(
         f"--resume_from_checkpoint {resume_from_checkpoint}: no such checkpoint; allowed are 'latest' and a folder "
         f"checkpoint-<step> with {STATE_FILE} in it"
     )
 
 
-def check_resumed_options(checkpoint: Checkpoint, options: dict[str, Any], free: set[str]) -> None:
-    """Raises ValueError if a resumed run has other options than it began with, but for the `free` ones."""
+def check_resumed_run(checkpoint: Checkpoint, num_pairs: int, options: dict[str, Any], free: set[str]) -> None:
+    """Raises ValueError if a resumed run has other data or options than it began with, but for the `free` options."""
+    if num_pairs != checkpoint.num_pairs:
+        raise ValueError(
+            f"the data have {num_pairs} pairs, but {checkpoint.folder} was made with {checkpoint.num_pairs}"
+        )
     for name in checkpoint.options.keys() - free:
         before, now = checkpoint.options[name], options.get(name)
         if before != now:
             raise ValueError(f"--{name} is {now}, but {checkpoint.folder} was made with {before}; a run must keep it")
 
 
-def save_checkpoint(accelerator, output_dir, step: int, visit: int, options: dict[str, Any], total_limit: int | None):
-    """Writes `checkpoint-<step>` whole or not at all, then removes the oldest beyond `total_limit`."""
-    folder = Path(output_dir) / f"checkpoint-{step}"
+def save_checkpoint(accelerator, checkpoint: Checkpoint, total_limit: int | None) -> None:
+    """Writes a checkpoint's folder whole or not at all, then removes the oldest beyond `total_limit`."""
+    folder, *state = checkpoint
     partial = folder.with_name(f"partial-{folder.name}")
     if accelerator.is_main_process:
-        for stale in Path(output_dir).glob("partial-checkpoint-*"):  # of a run that was killed while writing
+        for stale in folder.parent.glob("partial-checkpoint-*"):  # of a run that was killed while writing
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps({"step": step, "visit": visit, "options": options}, indent=2))
+        names = Checkpoint._fields[1:]
+        (partial / STATE_FILE).write_text(json.dumps(dict(zip(names, state, strict=True)), indent=2))
         partial.rename(folder)
         if total_limit is not None:
-            for old in list(checkpoint_steps(output_dir).values())[:-total_limit]:
+            for old in list(checkpoint_steps(folder.parent).values())[:-total_limit]:
                 shutil.rmtree(old)
 
 

@@ -34,6 +34,7 @@ import os
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +51,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from inversion_utils import (
     LOSS_TYPES,
     BadRowLog,
+    Checkpoint,
     LabelledPairs,
     PreferenceDataset,
     RunningMeans,
@@ -60,7 +62,7 @@ from inversion_utils import (
     add_noise,
     backward_in_chunks,
     check_output_dir,
-    check_resumed_options,
+    check_resumed_run,
     encode_images,
     find_checkpoint,
     forward_noise,
@@ -81,10 +83,11 @@ from inversion_utils import (
 )
 
 check_min_version("0.42.0")
-logger = get_logger(__name__, log_level="INFO")
+logger = get_logger(__name__)
 
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
-# Options that a resumed run may change: they do not change what is learned, or only how long.
+# Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
+# model and data are, which may have moved.
 FREE_ON_RESUME = set(
     "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
     "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
@@ -190,7 +193,7 @@ def parse_args(argv=None):
     add("--output_dir", required=True, help="folder for the LoRA, checkpoints and logs")
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
     add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
-    add("--checkpointing_steps", type=count, default=100, help="updates between two checkpoints")
+    add("--checkpointing_steps", type=count, default=100, help="updates between checkpoints; the last has one too")
     add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
     add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
     add("--logging_dir", default="logs", help="folder of the logs, within --output_dir")
@@ -364,12 +367,12 @@ def main(argv=None):
     num_targets = timesteps_per_pair(args)
     try:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        if checkpoint:
-            check_resumed_options(checkpoint, vars(args), FREE_ON_RESUME)
         check_output_dir(args.output_dir, checkpoint)
         noise_scheduler = load_noise_scheduler(args)
         min_timestep, max_timestep = timestep_band(args, noise_scheduler)
         pairs = load_pairs(args)
+        if checkpoint:
+            check_resumed_run(checkpoint, len(pairs), vars(args), FREE_ON_RESUME)
         train_dataset = PreferenceDataset(
             pairs, args.resolution, num_targets, args.seed,
             args.random_crop, args.random_flip, args.proportion_empty_prompts,
@@ -389,6 +392,7 @@ def main(argv=None):
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
     if args.inversion_guidance_scale > 1:
         logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
     if args.allow_tf32:
@@ -407,7 +411,8 @@ def main(argv=None):
 
     visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
-    max_train_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(pairs) / visits_per_update)
+    visits_to_go = max(0, args.num_train_epochs * len(pairs) - visit)
+    max_train_steps = args.max_train_steps or step + math.ceil(visits_to_go / visits_per_update)
     dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_sampler=VisitBatches(
@@ -560,8 +565,10 @@ def main(argv=None):
                 "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
                 f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
             )
-        if is_stopping or step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, args.output_dir, step, visit, vars(args), args.checkpoints_total_limit)
+        if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
+            folder = Path(args.output_dir) / f"checkpoint-{step}"
+            reached = Checkpoint(folder, step, visit, len(pairs), vars(args))
+            save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
         if is_stopping or step >= max_train_steps:
             break
 

@@ -5,8 +5,7 @@
 
 Runs the real training script on a model with random weights, objective after objective, round after round, so that a
 busy machine slows all alike; the fastest step of each counts. The floor is what the model calls alone would cost:
-every call that the step makes (counted while it runs), times the time of that call measured by itself in the same
-round.
+every call that the step makes (counted while it runs), times the fastest time of that call made by itself.
 """
 
 import argparse
@@ -44,6 +43,9 @@ METHODS = {
 }
 
 
+RESOLUTIONS = {"tiny": 64, "sd15": 512}
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=["tiny", "sd15"], default="tiny", help="Size of the random model")
@@ -54,7 +56,12 @@ def parse_args(argv=None):
     parser.add_argument("--steps", type=int, default=2, help="Measured steps per round and objective")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", help="Also write the figures to this file, as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.steps, args.train_batch_size) < 1:
+        parser.error("--rounds, --steps and --train_batch_size: allowed are 1 and above")
+    if args.output and not Path(args.output).resolve().parent.is_dir():
+        parser.error(f"--output {args.output}: no such folder")
+    return args
 
 
 def build_models(args, weight_dtype):
@@ -120,9 +127,11 @@ class Call(NamedTuple):
     function: str
     size: int
     with_gradient: bool
+    is_reference: bool
 
     def __str__(self):
-        return f"{self.function} x{self.size}{', with backward' if self.with_gradient else ''}"
+        how = ", with backward" if self.with_gradient else ", reference" if self.is_reference else ""
+        return f"{self.function} x{self.size}{how}"
 
 
 def repeat(function, arguments, with_gradient, is_reference):
@@ -148,6 +157,8 @@ class Probe:
         pop = script.RunningMeans.pop
 
         def timed_pop(means, accelerator):
+            if not self.step_ends:
+                reset_peak_memory()  # from the second update on: neither building the models nor the first allocations
             logs = pop(means, accelerator)
             self.step_ends.append((time.perf_counter(), Counter(self.calls)))
             return logs
@@ -164,7 +175,7 @@ class Probe:
             with_gradient = name == "predict_noise" and torch.is_grad_enabled()
             layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
             is_reference = bool(layers) and layers[0].disable_adapters
-            key = Call(name, len(inputs), with_gradient)
+            key = Call(name, len(inputs), with_gradient, is_reference)
             self.calls[key] += 1
             self.repeats[key] = partial(repeat, function, (module, inputs, *rest), with_gradient, is_reference)
             return function(module, inputs, *rest)
@@ -178,11 +189,9 @@ class Probe:
 def measure(args, method, folder):
     """Runs the script for a few steps; returns the fastest step's seconds, its floor, its calls, and peak memory."""
     probe = Probe(args)
-    reset_peak_memory()
-    resolution = args.resolution or {"tiny": 64, "sd15": 512}[args.model]
     options = [
         "--pretrained_model_name_or_path", "random", "--train_data_dir", folder, "--report_to", "none",
-        "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(resolution),
+        "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution or RESOLUTIONS[args.model]),
         "--train_batch_size", str(args.train_batch_size), "--max_train_steps", str(args.steps + 1),
         "--mixed_precision", args.mixed_precision,
     ]  # fmt: skip
@@ -213,7 +222,7 @@ def fastest(call, repeats=2):
 def main(args):
     results = {method: [] for method in args.methods}
     with tempfile.TemporaryDirectory() as folder:
-        write_pairs(folder, 64)
+        write_pairs(folder, args.resolution or RESOLUTIONS[args.model])
         for _ in range(args.rounds):
             for method in args.methods:
                 results[method].append(measure(args, method, folder))
@@ -225,7 +234,7 @@ def main(args):
     for method, runs in results.items():
         seconds, floor = min(run[0] for run in runs), min(run[1] for run in runs)
         calls = {str(call): count for call, count in runs[0][2].items()}
-        figures[method] = {"seconds": seconds, "floor": floor, "calls": calls, "memory": max(run[3] for run in runs)}
+        figures[method] = {"seconds": seconds, "floor": floor, "calls": calls, "memory": min(run[3] for run in runs)}
         ratio = seconds / figures["diffusion_dpo"]["seconds"] if "diffusion_dpo" in figures else float("nan")
         calls = ", ".join(f"{count} {call}" for call, count in figures[method]["calls"].items())
         memory = figures[method]["memory"]

@@ -1,20 +1,23 @@
 """Compare the objectives on the small world: equal pairs, steps, learning rate and beta, several seeds.
 
-    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison
+    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison -- \\
+        --train_batch_size 8 --max_train_steps 120 --learning_rate 3e-4 --beta_dpo 500 --rank 8
 
-For each preference, seed and method it samples pairs, trains a LoRA with `train_inversion_dpo.py`, and measures the
-gain in mean score on held-out captions and seeds. Prints a table in Markdown and keeps every run in
-`<output_dir>/runs.json`; run the same command again to go on after an interruption.
+For each preference, seed and method it samples pairs, trains a LoRA with `train_inversion_dpo.py` (options after
+`--` go to it), and measures the gain in mean score on held-out captions and seeds. Prints a table in Markdown and
+keeps every run in `<output_dir>/runs.json`; the same command goes on after an interruption.
 
-The U-Net is counted while it runs: images shown to it per pair, without gradient (inversion and reference) and with.
+The U-Net is counted while it runs: latents shown to it per image and update, without gradient (inversion and
+reference) and with. Seconds are from the first update to the last, while the other workers keep the machine busy.
 """
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import evaluate
@@ -43,7 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=256, help="Per evaluation")
     parser.add_argument("--workers", type=int, default=2, help="Runs at a time, which share the cores")
     parser.add_argument("train_options", nargs="*", help="After --: options of the training script for all runs")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv), parser.error
 
 
 def train_and_evaluate(args, preference, seed, method):
@@ -51,32 +54,48 @@ def train_and_evaluate(args, preference, seed, method):
     import train_inversion_dpo
 
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    output_dir = Path(args.output_dir)
-    images = {False: 0, True: 0}
-    predict_noise = train_inversion_dpo.predict_noise
+    script = train_inversion_dpo
+    shown, encoded, updates = (
+        {False: [], True: []},
+        [],
+        [],
+    )  # latents without and with gradient; images; ends of updates
+    predict_noise, encode_images, pop = script.predict_noise, script.encode_images, script.RunningMeans.pop
 
-    def counted(unet, x_t, *rest):
+    def counted_predict_noise(unet, x_t, *rest):
         noise = predict_noise(unet, x_t, *rest)
-        images[noise.requires_grad] += len(x_t)
+        shown[noise.requires_grad].append(len(x_t))
         return noise
 
-    train_inversion_dpo.predict_noise = counted
-    lora = output_dir / preference / str(seed) / method.replace(", ", "_").replace(" ", "_")
-    options = [
+    def counted_encode_images(vae, pixel_values, *rest):
+        encoded.append(len(pixel_values))
+        return encode_images(vae, pixel_values, *rest)
+
+    def timed_pop(*rest):
+        updates.append(time.perf_counter())
+        return pop(*rest)
+
+    script.predict_noise, script.encode_images, script.RunningMeans.pop = (
+        counted_predict_noise, counted_encode_images, timed_pop
+    )  # fmt: skip
+    output_dir = Path(args.output_dir)
+    lora = output_dir / preference / str(seed) / method.replace(", ", "_")
+    shutil.rmtree(lora, ignore_errors=True)  # of a run that was interrupted before it was recorded
+    script.main([
         "--pretrained_model_name_or_path", args.model, "--train_data_dir", str(pairs_folder(args, preference, seed)),
         "--output_dir", str(lora), "--seed", str(seed), "--resolution", str(small_world.SIZE), "--report_to", "none",
-    ]  # fmt: skip
-    started = time.perf_counter()
-    train_inversion_dpo.main([*options, *METHODS[method], *args.train_options])
-    seconds = time.perf_counter() - started
+        *METHODS[method], *args.train_options,
+    ])  # fmt: skip
 
     pipeline = make_pairs.load_pipeline(args.model)
     pipeline.load_lora_weights(lora)
     after, captions = evaluate.sample_held_out(pipeline, args.num_images)
-    before = np.load(output_dir / "base.npy")
-    result = evaluate.compare(before, after, captions, preference)
-    calls = {"images": images[False], "images_with_gradient": images[True]}
-    return {**result, "seed": seed, "method": method, "seconds": seconds, **calls}
+    result = evaluate.compare(np.load(output_dir / "base.npy"), after, captions, preference)
+    images = sum(encoded)  # winners and losers of all updates
+    return {
+        **result, "seed": seed, "method": method, "seconds": updates[-1] - updates[0],
+        "calls": sum(shown[False]) / images, "calls_with_gradient": sum(shown[True]) / images,
+    }  # fmt: skip
 
 
 def pairs_folder(args, preference, seed):
@@ -86,7 +105,6 @@ def pairs_folder(args, preference, seed):
 def prepare(args):
     """Samples the base model's pictures for the evaluation and every set of pairs, where they are not there yet."""
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     if not (output_dir / "base.npy").exists():
         pictures, _ = evaluate.sample_held_out(make_pairs.load_pipeline(args.model), args.num_images)
         np.save(output_dir / "base.npy", pictures)
@@ -100,46 +118,62 @@ def prepare(args):
                 ]))  # fmt: skip
 
 
-def table(runs, args):
-    """The gains as rows of Markdown: mean over seeds, each seed, and the ratio to diffusion_dpo at one timestep."""
+def table(runs, preferences, methods):
+    """The gains in Markdown: mean over seeds, each seed, and the ratio to diffusion_dpo at as many timesteps."""
     lines = [
-        "| preference | method | gain | of each seed | / diffusion_dpo, 1 | win rate | captions obeyed | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| preference | method, timesteps | gain | of each seed | / diffusion_dpo | win rate | captions obeyed "
+        "| U-Net calls without / with gradient | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for preference in args.preferences:
-        gains = {
-            m: [r["gain"] for r in runs if (r["preference"], r["method"]) == (preference, m)] for m in args.methods
-        }
-        for method in args.methods:
-            mine = [run for run in runs if (run["preference"], run["method"]) == (preference, method)]
-            if not mine:
+
+    def of(preference, method, key):
+        return [run[key] for run in runs if (run["preference"], run["method"]) == (preference, method)]
+
+    for preference in preferences:
+        for method in methods:
+            gains = of(preference, method, "gain")
+            baseline = of(preference, f"diffusion_dpo, {method.split(', ')[1]}", "gain")
+            if not gains:
                 continue
-            baseline = gains.get("diffusion_dpo, 1")
-            ratio = f"{np.mean(gains[method]) / np.mean(baseline):.2f}" if baseline else "-"
-            mean = {
-                key: np.mean([run[key] for run in mine]) for key in ("win_rate", "captions_obeyed_after", "seconds")
-            }
+            ratio = f"{np.mean(gains) / np.mean(baseline):.2f}" if len(baseline) == len(gains) else "-"
+            columns = ("gain", "win_rate", "captions_obeyed_after", "calls", "calls_with_gradient", "seconds")
+            mean = {key: np.mean(of(preference, method, key)) for key in columns}
             lines.append(
-                f"| {preference} | {method} | {np.mean(gains[method]):.3f} | "
-                f"{', '.join(f'{gain:.3f}' for gain in gains[method])} | {ratio} | {mean['win_rate']:.1%} | "
-                f"{mean['captions_obeyed_after']:.1%} | {mean['seconds']:.0f} |"
+                f"| {preference} | {method} | {mean['gain']:.3f} | {', '.join(f'{gain:.3f}' for gain in gains)} "
+                f"| {ratio} | {mean['win_rate']:.1%} | {mean['captions_obeyed_after']:.1%} "
+                f"| {mean['calls']:.0f} / {mean['calls_with_gradient']:.0f} | {mean['seconds']:.0f} |"
             )
     return "\n".join(lines)
 
 
-def main(args):
+def main(args, parser_error):
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path, settings_path = output_dir / "runs.json", output_dir / "settings.json"
+    settings = {name: getattr(args, name) for name in ("model", "num_pairs", "num_images", "train_options")}
+    if not settings_path.exists():
+        settings_path.write_text(json.dumps(settings))
+    if json.loads(settings_path.read_text()) != settings:
+        parser_error(
+            f"--output_dir {output_dir} holds runs with other settings, see {settings_path}; name another folder"
+        )
     prepare(args)
-    path = Path(args.output_dir) / "runs.json"
     runs = json.loads(path.read_text()) if path.exists() else []
     done = {(run["preference"], run["seed"], run["method"]) for run in runs}
     wanted = [(p, s, m) for s in args.seeds for p in args.preferences for m in args.methods if (p, s, m) not in done]
     spawn = torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for future in [pool.submit(train_and_evaluate, args, *run) for run in wanted]:
+    pool = ProcessPoolExecutor(args.workers, mp_context=spawn, max_tasks_per_child=1)
+    try:
+        for future in as_completed([pool.submit(train_and_evaluate, args, *run) for run in wanted]):
             runs.append(future.result())
-            path.write_text(json.dumps(runs, indent=2) + "\n")
-    print(table(runs, args))
+            unfinished = path.with_suffix(".part")
+            unfinished.write_text(json.dumps(runs, indent=2) + "\n")
+            unfinished.replace(path)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    runs = sorted((run for run in runs if run["seed"] in args.seeds), key=lambda run: run["seed"])
+    print(table(runs, args.preferences, args.methods))
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*parse_args())

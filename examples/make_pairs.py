@@ -103,7 +103,9 @@ def main(args):
     }
     path = Path(args.output_dir) / "train.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    unfinished = path.with_suffix(".part")
+    pq.write_table(pa.table(columns), unfinished)
+    unfinished.replace(path)
     print(
         f"wrote {path}: {args.num_pairs} pairs, {(label_0 == 0.5).sum()} of them ties; mean {args.preference} of "
         f"winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers {np.minimum(scores_0, scores_1).mean():.3f}"

@@ -22,7 +22,7 @@ if [ -e "$results" ]; then
 fi
 
 bash examples/install.sh
-export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error
+export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 model=examples/small_world_model
 started=$SECONDS
 
@@ -36,10 +36,12 @@ echo "2/3  Training"
     --train_data_dir "$results/pairs" \
     --output_dir "$results/lora" \
     --resolution 64 \
+    --timesteps_per_pair 2 \
+    --min_timestep 600 \
     --train_batch_size 8 \
-    --max_train_steps 120 \
-    --learning_rate 1e-3 \
-    --beta_dpo 500
+    --max_train_steps 80 \
+    --learning_rate 5e-4 \
+    --beta_dpo 1000
 
 echo "3/3  Comparing: the same held-out captions and seeds with and without the LoRA"
 .venv/bin/python examples/evaluate.py --model $model --lora "$results/lora" --preference "$preference" \

@@ -1,6 +1,6 @@
 """Train a small Stable Diffusion pipeline from nothing on the pictures of `small_world.py`.
 
-    python examples/train_small_world.py --output_dir examples/small_world_model
+    python examples/train_small_world.py --output_dir my_small_world
 
 It has every part of the real thing: a CLIP tokenizer and text encoder, an AutoencoderKL that turns 64x64 pixels into
 8x8x4 latents, a UNet2DConditionModel with cross-attention at every level and SD's noise schedule. First the
@@ -48,6 +48,14 @@ def parse_args(argv=None):
     parser.add_argument("--save_steps", type=int, default=250, help="Write state and pipeline every this many steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    settings = Path(f"{args.output_dir}.settings.pt")
+    if settings.exists():
+        if torch.load(settings, weights_only=True) != vars(args):
+            parser.error(
+                f"--output_dir {args.output_dir}: an interrupted run had other options; remove its *.pt files"
+            )
+    elif (Path(args.output_dir) / "model_index.json").exists():
+        parser.error(f"--output_dir {args.output_dir} holds a pipeline already; name another folder")
     for name in ("num_pictures", "vae_steps", "vae_batch_size", "unet_steps", "unet_batch_size", "save_steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -263,6 +271,9 @@ def main(args):
     torch.manual_seed(args.seed)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    settings = Path(f"{output_dir}.settings.pt")  # an interrupted run goes on with the settings that it began with
+    if not settings.exists():
+        torch.save(vars(args), settings)
     tokenizer, scheduler = make_tokenizer(), make_scheduler()
     pictures, captions = draw_pictures(args.num_pictures, args.seed)
     print(f"drew {len(pictures)} pictures", flush=True)

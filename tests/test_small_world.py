@@ -28,7 +28,7 @@ from inversion_utils import (
     sample_timesteps,
 )
 
-MODEL = train_inversion_dpo.__file__.replace("train_inversion_dpo.py", "examples/small_world_model")
+MODEL = str(Path(train_inversion_dpo.__file__).parent / "examples" / "small_world_model")
 
 
 @pytest.fixture(scope="module")
@@ -173,22 +173,23 @@ def test_the_first_update_lowers_the_winners_error_and_raises_the_losers(train, 
 
 
 def test_half_precision_gains_what_float32_gains(train, pairs_folder, request):
-    """The gain in area of a short run: bf16, and fp16 with loss scaling, within a fifth of float32."""
+    """The gain in area of a short run: bf16, and fp16 with loss scaling, within 15 % of float32."""
     options = {
         "pretrained_model_name_or_path": MODEL, "train_data_dir": pairs_folder, "resolution": 64, "min_timestep": 600,
-        "timesteps_per_pair": 2, "train_batch_size": 8, "max_train_steps": 25, "learning_rate": 1e-3, "beta_dpo": 1000,
+        "objective": "inpo", "inversion_steps": 3, "train_batch_size": 4, "max_train_steps": 15, "learning_rate": 2e-3,
+        "beta_dpo": 1000,
     }  # fmt: skip
     pipeline = make_pairs.load_pipeline(MODEL)
-    before, captions = evaluate.sample_held_out(pipeline, 40)
+    before, captions = evaluate.sample_held_out(pipeline, 20)
 
     def gain(precision):
         pipeline.load_lora_weights(train(precision, mixed_precision=precision, **options))
-        after, _ = evaluate.sample_held_out(pipeline, 40)
+        after, _ = evaluate.sample_held_out(pipeline, 20)
         pipeline.unload_lora_weights()
         return evaluate.compare(before, after, captions, "area")["gain"]
 
     float32, bfloat16 = gain("no"), gain("bf16")
     request.getfixturevalue("loss_scaling")
     float16 = gain("fp16")
-    assert float32 > 0.05
-    assert bfloat16 == pytest.approx(float32, rel=0.2) and float16 == pytest.approx(float32, rel=0.2)
+    assert float32 > 0.03
+    assert bfloat16 == pytest.approx(float32, rel=0.15) and float16 == pytest.approx(float32, rel=0.15)

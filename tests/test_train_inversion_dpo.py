@@ -242,7 +242,7 @@ def test_a_signal_saves_and_stops_after_the_step(train, monkeypatch, number):
     assert stop.value.code == 128 + number
     assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     resumed = train("stopped", resume_from_checkpoint="latest", **options)
-    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert_same(lora(resumed), whole)
 
 
@@ -469,8 +469,16 @@ def test_a_resumed_run_must_be_the_same_run(train, refused, monkeypatch):
 def test_a_finished_lora_without_a_checkpoint_is_kept(train, refused):
     output_dir = train(max_train_steps=1)
     before = lora(output_dir)
+    shutil.rmtree(output_dir / "checkpoint-1")
     assert "--output_dir" in refused(resume_from_checkpoint="latest", max_train_steps=2)
     assert_same(before, lora(output_dir))
+
+
+def test_epochs_are_counted_in_visits_also_after_the_batch_changed(train):
+    train(num_train_epochs=2, max_train_steps=None, train_batch_size=2, checkpointing_steps=8)  # 16 visits
+    options = {"max_train_steps": None, "resume_from_checkpoint": "latest", "train_batch_size": 4}
+    output_dir = train(num_train_epochs=3, **options)
+    assert (output_dir / "checkpoint-10").exists()  # 8 updates of 2 pairs, 2 of 4
 
 
 def test_resuming_with_another_batch_goes_on_at_the_next_visit(train, monkeypatch):
@@ -517,7 +525,7 @@ def test_copied_alone_into_an_empty_folder_it_trains(tiny_model, pairs_dir, tmp_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "acc=" in done.stderr and "margin=" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["logs", LORA_FILE]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "logs", LORA_FILE]
     assert all(hashlib.sha256(path.read_bytes()).digest() == value for path, value in digest.items())
 
 

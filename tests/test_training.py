@@ -19,7 +19,7 @@ from inversion_utils import (
     add_lora,
     backward_in_chunks,
     check_output_dir,
-    check_resumed_options,
+    check_resumed_run,
     checkpoint_steps,
     encode_images,
     find_checkpoint,
@@ -121,14 +121,14 @@ def run_dir(tmp_path):
     """Folder of a run with checkpoints 9 and 10, an unfinished one, and one that is none."""
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
-        state = {"step": 10, "visit": 40, "options": {"rank": 4, "output_dir": "a"}}
+        state = {"step": 10, "visit": 40, "num_pairs": 8, "options": {"rank": 4, "output_dir": "a"}}
         (tmp_path / name / STATE_FILE).write_text(json.dumps(state))
     return tmp_path
 
 
 def test_checkpoints_are_found_by_step_not_by_name(run_dir):
     assert list(checkpoint_steps(run_dir)) == [9, 10]
-    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, {"rank": 4, "output_dir": "a"})
+    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, 8, {"rank": 4, "output_dir": "a"})
     assert find_checkpoint(run_dir, "latest") == find_checkpoint(run_dir, "checkpoint-10") == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-10")) == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
@@ -146,16 +146,24 @@ def test_a_checkpoint_that_is_not_the_newest_of_its_run_is_refused(run_dir):
 
 def test_the_name_is_looked_up_in_the_output_dir_first(run_dir, monkeypatch):
     (run_dir / "other" / "checkpoint-10").mkdir(parents=True)
-    (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text(json.dumps({"step": 10, "visit": 7, "options": {}}))
+    (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text("{}")
     monkeypatch.chdir(run_dir / "other")
     assert find_checkpoint(run_dir, "checkpoint-10").visit == 40
 
 
-def test_a_resumed_run_keeps_its_options_but_for_the_free_ones(run_dir):
+def test_a_damaged_state_is_named(run_dir):
+    (run_dir / "checkpoint-10" / STATE_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint-10/training_state.json is damaged"):
+        find_checkpoint(run_dir, "latest")
+
+
+def test_a_resumed_run_keeps_its_data_and_options_but_for_the_free_ones(run_dir):
     checkpoint = find_checkpoint(run_dir, "latest")
-    check_resumed_options(checkpoint, {"rank": 4, "output_dir": "b"}, free={"output_dir"})
+    check_resumed_run(checkpoint, 8, {"rank": 4, "output_dir": "b"}, free={"output_dir"})
     with pytest.raises(ValueError, match="--rank is 8, .* was made with 4"):
-        check_resumed_options(checkpoint, {"rank": 8, "output_dir": "a"}, free={"output_dir"})
+        check_resumed_run(checkpoint, 8, {"rank": 8, "output_dir": "a"}, free={"output_dir"})
+    with pytest.raises(ValueError, match="the data have 9 pairs, .* was made with 8"):
+        check_resumed_run(checkpoint, 9, {"rank": 4, "output_dir": "a"}, free={"output_dir"})
 
 
 def test_output_dirs_in_use_or_unusable(run_dir):
