@@ -478,16 +478,23 @@ def load_rows(
             rows = load_from_disk(folder)
         elif (folder / "dataset_dict.json").exists():
             rows = load_from_disk(folder / split)
-        elif any(folder.rglob("*.parquet")):
-            rows = load_dataset("parquet", data_dir=str(folder), split=split, cache_dir=cache_dir)
+        elif files := parquet_files(folder, split):
+            rows = load_dataset("parquet", data_files={split: files}, split=split, cache_dir=cache_dir)
         else:
-            raise FileNotFoundError("the folder holds neither parquet files nor what save_to_disk writes")
+            raise FileNotFoundError("the folder holds no parquet files of this split, nor what save_to_disk writes")
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{source}, split {split!r}, cannot be loaded: {reason}") from error
     if isinstance(rows, DatasetDict) or not hasattr(rows, "column_names"):
         raise ValueError(f"{source} is not a single split of a map-style data set")
     return rows
+
+
+def parquet_files(folder: Path, split: str) -> list[str]:
+    """Returns the folder's parquet files of a split: named after it, or in a folder that is; for "train" else all."""
+    files = sorted(folder.rglob("*.parquet"))
+    own = [f for f in files if f.name.startswith(split) or split in f.relative_to(folder).parent.parts]
+    return [str(file) for file in own or (files if split == "train" else [])]
 
 
 class LabelledPairs:

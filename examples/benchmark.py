@@ -88,7 +88,7 @@ def build_models(args, weight_dtype):
 
 
 def write_pairs(folder, resolution):
-    """Eight pairs of random images."""
+    """Writes eight pairs of random images."""
     rng = np.random.default_rng(0)
 
     def image():

@@ -76,6 +76,23 @@ def test_another_split_and_other_columns(tmp_path):
     assert len(pairs) == 2 and pairs[0].winner == rows[0]["a"]
 
 
+def test_a_folder_of_parquet_files_may_hold_other_files_and_splits(tmp_path):
+    """An output folder below it for one, with the JSON files of its checkpoints."""
+    rows = pair_rows(5)
+    Dataset.from_list(rows[:2]).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    Dataset.from_list(rows[2:3]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    (tmp_path / "test").mkdir()
+    Dataset.from_list(rows[3:]).to_parquet(tmp_path / "test" / "data.parquet")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "training_state.json").write_text("{}")
+    assert load_rows(train_data_dir=str(tmp_path))["jpg_0"][:] == [row["jpg_0"] for row in rows[:3]]
+    assert len(load_rows(train_data_dir=str(tmp_path), split="test")) == 2
+    (tmp_path / "test" / "data.parquet").rename(tmp_path / "other.parquet")
+    assert len(load_rows(train_data_dir=str(tmp_path))) == 3
+    with pytest.raises(ValueError, match="split 'test', cannot be loaded: the folder holds no parquet files"):
+        load_rows(train_data_dir=str(tmp_path), split="test")
+
+
 def test_ties_and_rows_without_a_label_are_left_out_and_counted():
     rows = pair_rows(6)
     for row, label in zip(rows, (1.0, 0.5, 0.0, None, float("nan"), 2.0), strict=True):
