@@ -537,7 +537,7 @@ def launch(output_dir, tiny_model, pairs_dir, *options, processes=1):
     return [
         sys.executable, *launcher, ROOT / "train_inversion_dpo.py", "--pretrained_model_name_or_path", tiny_model,
         "--train_data_dir", pairs_dir, "--output_dir", output_dir, "--resolution", "32", "--rank", "4",
-        "--train_batch_size", "2", "--report_to", "none", *options,
+        "--train_batch_size", "2", *options,
     ]  # fmt: skip
 
 
@@ -546,14 +546,17 @@ ONE_THREAD = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"
 
 def test_two_processes_equal_one_and_resume_exactly(train, tiny_model, pairs_dir, tmp_path):
     """Two CPU processes (gloo) with chunks and accumulation: the steps of one process, the same bits after a stop."""
-    method = {"trajectory_chunk": 3, "gradient_accumulation_steps": 2, "max_train_steps": 4}
-    one = lora(train("one", train_batch_size=4, **method))
+    method = {"trajectory_chunk": 3, "gradient_accumulation_steps": 2, "max_train_steps": 4, "max_train_samples": 7}
+    method["report_to"] = "tensorboard"
+    one = train("one", train_batch_size=4, **method)
     options = [word for name, value in method.items() for word in (f"--{name}", str(value))]
     command = launch(tmp_path / "two", tiny_model, pairs_dir, *options, "--checkpointing_steps", "2", processes=2)
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "updates of 8 pairs" in done.stderr
-    assert_same(lora(tmp_path / "two"), one, atol=2e-6)
+    assert_same(lora(tmp_path / "two"), lora(one), atol=2e-6)
+    for tag in ("loss", "rewards/margins", "policy_error", "grad_norm"):  # means over the processes
+        assert logged(tmp_path / "two", tag) == pytest.approx(logged(one, tag), rel=1e-4, abs=1e-4), tag
 
     shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
     resume = launch(
@@ -566,7 +569,16 @@ def test_two_processes_equal_one_and_resume_exactly(train, tiny_model, pairs_dir
 
 def test_a_signal_to_the_whole_group_spares_the_workers(tiny_model, pairs_dir, tmp_path):
     """As schedulers and launchers send it: data workers get it too, and must not die before the update is done."""
-    options = ["--max_train_steps", "1000", "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "4"]
+    options = [
+        "--report_to",
+        "none",
+        "--max_train_steps",
+        "1000",
+        "--dataloader_num_workers",
+        "2",
+        "--gradient_accumulation_steps",
+        "4",
+    ]
     command = launch(tmp_path / "run", tiny_model, pairs_dir, *options)
     process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True, start_new_session=True)
     seen = ""
