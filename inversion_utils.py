@@ -39,6 +39,7 @@ from PIL import Image, ImageOps
 HIGHEST_RESOLVED_LEVEL = 20.0
 KARRAS_RHO = 7.0  # Karras et al. 2022 (arXiv 2206.00364), equation 5
 LARGEST_HISTORY_WEIGHT = 2.0
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -110,7 +111,7 @@ def noise_from_model_output(
     Raises:
         ValueError: for any other prediction type.
     """
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type is {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     if prediction_type == "epsilon":
@@ -449,6 +450,11 @@ class BadRow(Exception):
     """A data row that cannot become a training example; the message says why."""
 
 
+def one_line(error: Exception) -> str:
+    """Returns the beginning of an error's message, for a message of our own."""
+    return " ".join(str(error).split())[:300]
+
+
 def load_rows(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -483,8 +489,7 @@ def load_rows(
         else:
             raise FileNotFoundError("the folder holds no parquet files of this split, nor what save_to_disk writes")
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{source}, split {split!r}, cannot be loaded: {reason}") from error
+        raise ValueError(f"{source}, split {split!r}, cannot be loaded: {one_line(error)}") from error
     if isinstance(rows, DatasetDict) or not hasattr(rows, "column_names"):
         raise ValueError(f"{source} is not a single split of a map-style data set")
     return rows
@@ -630,9 +635,6 @@ class PreferenceDataset(torch.utils.data.Dataset):
         self.random_crop, self.random_flip = random_crop, random_flip
         self.proportion_empty_prompts = proportion_empty_prompts
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
     def __getitem__(self, visit_and_index: tuple[int, int]) -> dict[str, Any]:
         visit, index = visit_and_index
         rng = visit_rng(self.seed, visit)
@@ -734,6 +736,7 @@ def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"  # of a checkpoint
 LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
 
@@ -760,7 +763,7 @@ def reference_policy(unet) -> Iterator[None]:
 @torch.no_grad()
 def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Returns scaled latents (N, C, h, w) in float32, the mode of the VAE's posterior, for pixels (N, 3, H, W)."""
-    pixel_values = pixel_values.to(vae.device, vae.dtype, non_blocking=True)
+    pixel_values = to_device(pixel_values, vae.device).to(vae.dtype)
     latents = [vae.encode(chunk).latent_dist.mode() for chunk in pixel_values.split(batch_size)]
     return torch.cat(latents).float() * vae.config.scaling_factor
 
@@ -880,11 +883,8 @@ def register_lora_checkpointing(accelerator, unet, pipeline_class) -> None:
 
 def checkpoint_steps(output_dir: str | Path) -> dict[int, Path]:
     """Returns the complete checkpoints of a run by their step, in rising order."""
-    found = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if match := re.fullmatch(r"checkpoint-(\d+)", folder.name):
-            found[int(match[1])] = folder
-    return dict(sorted(found.items()))
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(folder.name)]
+    return dict(sorted((int(CHECKPOINT_NAME.fullmatch(folder.name)[1]), folder) for folder in folders))
 
 
 class Checkpoint(NamedTuple):
@@ -920,13 +920,13 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         return None
     newest = max(checkpoint_steps(output_dir).items(), default=(0, None))[1]
     if resume_from_checkpoint == "latest":
-        folders = [newest] if newest else []
-        if not folders:
+        if newest is None:
             return None
+        folders = [newest]
     else:
         folders = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
     for folder in folders:
-        if re.fullmatch(r"checkpoint-\d+", folder.name) and (folder / STATE_FILE).exists():
+        if CHECKPOINT_NAME.fullmatch(folder.name) and (folder / STATE_FILE).exists():
             if _is_within(folder, output_dir) and folder.name != newest.name:
                 raise ValueError(
                     f"--resume_from_checkpoint {resume_from_checkpoint}: {newest.name} of the same run is newer; "
@@ -956,7 +956,8 @@ def check_resumed_run(checkpoint: Checkpoint, num_pairs: int, options: dict[str,
 
 def save_checkpoint(accelerator, checkpoint: Checkpoint, total_limit: int | None) -> None:
     """Writes a checkpoint's folder whole or not at all, then removes the oldest beyond `total_limit`."""
-    folder, *state = checkpoint
+    state = checkpoint._asdict()
+    folder = state.pop("folder")
     partial = folder.with_name(f"partial-{folder.name}")
     if accelerator.is_main_process:
         for stale in folder.parent.glob("partial-checkpoint-*"):  # of a run that was killed while writing
@@ -965,8 +966,7 @@ def save_checkpoint(accelerator, checkpoint: Checkpoint, total_limit: int | None
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        names = Checkpoint._fields[1:]
-        (partial / STATE_FILE).write_text(json.dumps(dict(zip(names, state, strict=True)), indent=2))
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
         partial.rename(folder)
         if total_limit is not None:
             for old in list(checkpoint_steps(folder.parent).values())[:-total_limit]:
@@ -981,10 +981,9 @@ def check_output_dir(output_dir: str | Path, checkpoint: Checkpoint | None) -> N
     """Raises ValueError if the folder cannot be written, or holds another run than the one `checkpoint` continues."""
     folder = Path(output_dir)
     is_continued = checkpoint is not None and _is_within(checkpoint.folder, folder)
-    if not is_continued and ((folder / LORA_FILE).exists() or checkpoint_steps(folder)):
-        remedy = (
-            "continue that run with --resume_from_checkpoint latest" if checkpoint_steps(folder) else "move it away"
-        )
+    has_checkpoints = bool(checkpoint_steps(folder))
+    if not is_continued and (has_checkpoints or (folder / LORA_FILE).exists()):
+        remedy = "continue that run with --resume_from_checkpoint latest" if has_checkpoints else "move it away"
         raise ValueError(
             f"--output_dir {output_dir} holds a finished LoRA or checkpoints; name another folder, or {remedy}"
         )

@@ -50,6 +50,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
     LOSS_TYPES,
+    PREDICTION_TYPES,
     BadRowLog,
     Checkpoint,
     LabelledPairs,
@@ -73,6 +74,7 @@ from inversion_utils import (
     map_condition,
     noise_from_model_output,
     number,
+    one_line,
     prediction_error,
     preference_loss,
     reference_policy,
@@ -80,6 +82,7 @@ from inversion_utils import (
     sample_timesteps,
     save_checkpoint,
     save_lora,
+    to_device,
 )
 
 check_min_version("0.42.0")
@@ -253,22 +256,25 @@ def timestep_band(args, noise_scheduler):
     return args.min_timestep, highest
 
 
+def vae_location(args):
+    """Returns the path of the VAE, and the keyword arguments that find it there."""
+    if args.pretrained_vae_model_name_or_path:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    where = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return args.pretrained_model_name_or_path, where
+
+
 def load_noise_scheduler(args):
     """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
-    model, source = (
-        args.pretrained_model_name_or_path,
-        f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}",
-    )
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    source = f"--pretrained_model_name_or_path {model}"
     try:
         unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
         noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **where)
-        if args.pretrained_vae_model_name_or_path:
-            vae = AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
-        else:
-            vae = AutoencoderKL.load_config(model, subfolder="vae", **where)
+        vae_path, vae_where = vae_location(args)
+        vae = AutoencoderKL.load_config(vae_path, **vae_where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no Stable Diffusion model: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{source} is no Stable Diffusion model: {one_line(error)}") from error
     if unet.get("addition_embed_type"):
         raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
@@ -280,28 +286,22 @@ def load_noise_scheduler(args):
     if args.resolution < factor or args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
     prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
     return noise_scheduler
 
 
 def load_models(args, weight_dtype):
-    """Returns tokenizer, text encoder, VAE and U-Net, the last three frozen and in `weight_dtype`."""
+    """Returns tokenizer, text encoder, VAE and U-Net, the last three in `weight_dtype`, all but the U-Net frozen."""
     model = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     weights = {**where, "variant": args.variant, "dtype": weight_dtype}
     tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
     text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **weights)
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(
-            args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir, dtype=weight_dtype
-        )
-    else:
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", **weights)
+    vae_path, vae_where = vae_location(args)
+    vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_where)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
-    for module in (text_encoder, vae, unet):
-        module.requires_grad_(False)
-    return tokenizer, text_encoder.eval(), vae.eval(), unet
+    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), unet
 
 
 def load_pairs(args):
@@ -336,7 +336,7 @@ def collate(examples, tokenizer):
 @torch.no_grad()
 def encode_prompts(text_encoder, input_ids):
     """Returns the U-Net's conditioning for token ids (B, L), twice over: (2B, ...), for the winners and the losers."""
-    embeds = text_encoder(input_ids.to(text_encoder.device, non_blocking=True))[0]
+    embeds = text_encoder(to_device(input_ids, text_encoder.device))[0]
     return {"encoder_hidden_states": torch.cat([embeds, embeds])}
 
 
@@ -422,7 +422,6 @@ def main(argv=None):
         collate_fn=partial(collate, tokenizer=tokenizer),
         worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
-        persistent_workers=args.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
 
@@ -469,7 +468,8 @@ def main(argv=None):
         cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
         return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
 
-    empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
+    if args.inversion_guidance_scale > 1:
+        empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
     bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False))
     logger.info(
@@ -492,9 +492,9 @@ def main(argv=None):
 
             # 2  Invert with the reference; the baseline takes forward noise instead
             if args.objective == "diffusion_dpo":
-                timesteps = timesteps.to(latents.device, non_blocking=True)
+                timesteps = to_device(timesteps, latents.device)
                 noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
-                noise = noise.to(latents.device, non_blocking=True)
+                noise = to_device(noise, latents.device)
                 x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
                 trajectory = Trajectory(timesteps, x_t, noise, None)
             else:
@@ -573,17 +573,18 @@ def main(argv=None):
             break
 
     progress.close()
+    is_unfinished = is_stopping and step < max_train_steps
     if len(bad_rows):
         logger.warning(f"{len(bad_rows)} unreadable rows were skipped", main_process_only=False)
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
-    if is_stopping and step < max_train_steps:
+    if is_unfinished:
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
         logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
     accelerator.end_training()
     stop.restore()
-    if is_stopping and step < max_train_steps:
+    if is_unfinished:
         sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
 
 
