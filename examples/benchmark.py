@@ -143,22 +143,25 @@ def repeat(function, arguments, with_gradient, is_reference):
 
 
 class Probe:
-    """Stands in for the script's model calls: counts them, keeps a way to repeat them, and times whole steps."""
+    """Stands in for the script's model calls until closed: counts them, keeps a way to repeat them, times whole steps.
 
-    def __init__(self, args):
+    Attributes:
+        calls: how often each kind of `Call` was made.
+        repeats: a way to make a call of each kind again.
+        step_ends: (time, calls until then) at the end of each update.
+    """
+
+    def __init__(self, on_first_update=lambda: None):
         self.calls, self.repeats, self.step_ends = Counter(), {}, []
         self._patches = ExitStack()
         script = train_inversion_dpo
-        scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        self._patch("load_noise_scheduler", lambda script_args: scheduler)
-        self._patch("load_models", lambda script_args, weight_dtype: build_models(args, weight_dtype))
         for name in ("predict_noise", "encode_images", "encode_prompts"):
-            self._patch(name, self._counted(name, getattr(script, name)))
+            self.replace(name, self._counted(name, getattr(script, name)))
         pop = script.RunningMeans.pop
 
         def timed_pop(means, accelerator):
             if not self.step_ends:
-                reset_peak_memory()  # from the second update on: neither building the models nor the first allocations
+                on_first_update()
             logs = pop(means, accelerator)
             self.step_ends.append((time.perf_counter(), Counter(self.calls)))
             return logs
@@ -166,7 +169,8 @@ class Probe:
         script.RunningMeans.pop = timed_pop
         self._patches.callback(setattr, script.RunningMeans, "pop", pop)
 
-    def _patch(self, name, value):
+    def replace(self, name, value):
+        """Replaces a name of the script until the probe is closed."""
         self._patches.callback(setattr, train_inversion_dpo, name, getattr(train_inversion_dpo, name))
         setattr(train_inversion_dpo, name, value)
 
@@ -188,7 +192,10 @@ class Probe:
 
 def measure(args, method, folder):
     """Runs the script for a few steps; returns the fastest step's seconds, its floor, its calls, and peak memory."""
-    probe = Probe(args)
+    probe = Probe(reset_peak_memory)  # leaves out building the models and the first allocations
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    probe.replace("load_noise_scheduler", lambda script_args: scheduler)
+    probe.replace("load_models", lambda script_args, weight_dtype: build_models(args, weight_dtype))
     options = [
         "--pretrained_model_name_or_path", "random", "--train_data_dir", folder, "--report_to", "none",
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution or RESOLUTIONS[args.model]),

@@ -15,18 +15,18 @@ import argparse
 import json
 import os
 import shutil
-import sys
-import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import benchmark
 import evaluate
 import make_pairs
 import numpy as np
 import small_world
 import torch
+from benchmark import train_inversion_dpo
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 METHODS = {  # objective and timesteps per pair -> options
     "inversion_dpo, 4": ["--objective", "inversion_dpo"],
     "inpo, 1": ["--objective", "inpo"],
@@ -51,37 +51,12 @@ def parse_args(argv=None):
 
 def train_and_evaluate(args, preference, seed, method):
     """One run: trains the LoRA and returns its gain and cost. Runs in a process of its own."""
-    import train_inversion_dpo
-
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    script = train_inversion_dpo
-    shown, encoded, updates = (
-        {False: [], True: []},
-        [],
-        [],
-    )  # latents without and with gradient; images; ends of updates
-    predict_noise, encode_images, pop = script.predict_noise, script.encode_images, script.RunningMeans.pop
-
-    def counted_predict_noise(unet, x_t, *rest):
-        noise = predict_noise(unet, x_t, *rest)
-        shown[noise.requires_grad].append(len(x_t))
-        return noise
-
-    def counted_encode_images(vae, pixel_values, *rest):
-        encoded.append(len(pixel_values))
-        return encode_images(vae, pixel_values, *rest)
-
-    def timed_pop(*rest):
-        updates.append(time.perf_counter())
-        return pop(*rest)
-
-    script.predict_noise, script.encode_images, script.RunningMeans.pop = (
-        counted_predict_noise, counted_encode_images, timed_pop
-    )  # fmt: skip
+    probe = benchmark.Probe()
     output_dir = Path(args.output_dir)
     lora = output_dir / preference / str(seed) / method.replace(", ", "_")
     shutil.rmtree(lora, ignore_errors=True)  # of a run that was interrupted before it was recorded
-    script.main([
+    train_inversion_dpo.main([
         "--pretrained_model_name_or_path", args.model, "--train_data_dir", str(pairs_folder(args, preference, seed)),
         "--output_dir", str(lora), "--seed", str(seed), "--resolution", str(small_world.SIZE), "--report_to", "none",
         *METHODS[method], *args.train_options,
@@ -91,10 +66,13 @@ def train_and_evaluate(args, preference, seed, method):
     pipeline.load_lora_weights(lora)
     after, captions = evaluate.sample_held_out(pipeline, args.num_images)
     result = evaluate.compare(np.load(output_dir / "base.npy"), after, captions, preference)
-    images = sum(encoded)  # winners and losers of all updates
+    shown = Counter()  # images to the VAE, latents to the U-Net without gradient, latents with
+    for call, count in probe.calls.items():
+        shown[call.function, call.with_gradient] += count * call.size
+    images = shown["encode_images", False]
     return {
-        **result, "seed": seed, "method": method, "seconds": updates[-1] - updates[0],
-        "calls": sum(shown[False]) / images, "calls_with_gradient": sum(shown[True]) / images,
+        **result, "seed": seed, "method": method, "seconds": probe.step_ends[-1][0] - probe.step_ends[0][0],
+        "calls": shown["predict_noise", False] / images, "calls_with_gradient": shown["predict_noise", True] / images,
     }  # fmt: skip
 
 

@@ -19,11 +19,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 64}  # defaults of options and functions
+
 
 def add_sampling_options(parser):
-    parser.add_argument("--num_inference_steps", type=int, default=16, help="Sampler steps; more costs time")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Above 1: obeys captions more, varies less")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures sampled at a time")
+    parser.add_argument("--num_inference_steps", type=int, help="Sampler steps; more costs time")
+    parser.add_argument("--guidance_scale", type=float, help="Above 1: obeys captions more, varies less")
+    parser.add_argument("--batch_size", type=int, help="Pictures sampled at a time")
+    parser.set_defaults(**SAMPLING)
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -44,7 +47,14 @@ def load_pipeline(model):
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def sample_pictures(pipeline, captions, seeds, num_inference_steps=16, guidance_scale=1.5, batch_size=64):
+def sample_pictures(
+    pipeline,
+    captions,
+    seeds,
+    num_inference_steps=SAMPLING["num_inference_steps"],
+    guidance_scale=SAMPLING["guidance_scale"],
+    batch_size=SAMPLING["batch_size"],
+):
     """One picture per caption and seed, uint8 (N, H, W, 3); each depends on its own caption and seed only."""
     pictures = []
     for i in range(0, len(captions), batch_size):
