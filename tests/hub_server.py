@@ -1,0 +1,200 @@
+"""A Hub on loopback: what the Hugging Face client calls to create a model repository and upload a folder to it.
+
+It keeps what it receives in memory and answers errors with the Hub's statuses and headers. Large files take the LFS
+way, in one PUT each: a client that has hf_xet must be told HF_HUB_DISABLE_XET, for it does not fall back by itself.
+Left out: other users, data sets and spaces, branches, pull requests, .gitignore, deletions, downloads.
+"""
+
+import base64
+import json
+import re
+import threading
+from collections import namedtuple
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
+from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import _http
+
+USER = "tester"
+Request = namedtuple("Request", "method path authorization")
+LARGE_FILES = re.compile(r".*\.(safetensors|bin|ckpt|pt|pth|pkl|npz|npy|parquet|zip)")
+
+
+@dataclass
+class Repo:
+    """`private` is None where the client left it to the Hub; `files` holds exact bytes, `commits` the messages."""
+
+    private: bool | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    sha: str = "0" * 40
+
+
+class Refusal(Exception):
+    """An error as the Hub answers it: message and code in headers, and the message in the JSON body too."""
+
+    def __init__(self, status, message, code=None, **body):
+        self.status, self.body = status, {"error": message, **body}
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+
+
+class HubServer:
+    """Context manager that serves on a free port; `fail_commits`, `fail_uploads` are statuses to refuse these with.
+
+    On 408, 429, 500, 502, 503 and 504 the client repeats uploads (not commits) for 23 seconds; 403 fails at once.
+    """
+
+    def __init__(self, token="hf_token_of_tester", fail_commits=0, fail_uploads=0):
+        self.token, self.fail_commits, self.fail_uploads = token, fail_commits, fail_uploads
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.objects: dict[str, bytes] = {}  # large files received, by SHA-256, whether committed or not
+
+    def __enter__(self):
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        self.http.shutdown()
+        self.http.server_close()
+
+    @property
+    def environment(self):
+        """Variables that point a subprocess's client at this server, logged in as the user."""
+        settings = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, **settings}
+
+    def answer(self, request, body):
+        """JSON for a request, or a Refusal."""
+        path = request.path.split("?")[0]
+        if request.method == "PUT" and path.startswith("/lfs/"):  # as storage with signed addresses: without a token
+            if self.fail_uploads:
+                raise Refusal(self.fail_uploads, "Upload refused")
+            self.objects[sha256(body).hexdigest()] = body
+            return {}
+        if request.authorization != f"Bearer {self.token}":
+            wrong = "credentials in Authorization header" if request.authorization else "username or password."
+            raise Refusal(401, f"Invalid {wrong}")
+        for method, pattern, action in ROUTES:
+            if method == request.method and (match := re.fullmatch(pattern, path)):
+                return action(self, body, *match.groups())
+        raise Refusal(404, f"Sorry, there is no {request.method} {path} here.")
+
+    def whoami(self, _):
+        return {"type": "user", "name": USER, "fullname": USER, "orgs": []}
+
+    def create(self, body):
+        asked = json.loads(body)
+        if (namespace := asked.get("organization") or USER) != USER:
+            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
+        repo_id = f"{namespace}/{asked['name']}"
+        created = {"name": repo_id, "url": f"{self.endpoint}/{repo_id}"}
+        if repo_id in self.repos:
+            raise Refusal(409, "You already created this model repo", **created)
+        self.repos[repo_id] = Repo(private={"private": True, "public": False, None: None}[asked.get("visibility")])
+        return created
+
+    def find(self, repo_id, write=True):
+        if repo_id not in self.repos:
+            raise Refusal(404, "Repository not found", "RepoNotFound")
+        if write and not repo_id.startswith(f"{USER}/"):
+            raise Refusal(403, "You have read access but not the required permissions for this operation")
+        return self.repos[repo_id]
+
+    def info(self, _, repo_id):
+        return {"id": repo_id, "sha": self.find(repo_id, write=False).sha}
+
+    def validate_yaml(self, body):
+        header = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", json.loads(body)["content"], re.S)
+        try:
+            metadata = yaml.safe_load(header[1]) if header else None
+        except yaml.YAMLError as error:
+            raise Refusal(400, "Invalid metadata", errors=[{"message": str(error)}]) from error
+        return {"warnings": [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]}
+
+    def preupload(self, body, repo_id):
+        repo, answers = self.find(repo_id), []
+        for path, size in ((file["path"], file["size"]) for file in json.loads(body)["files"]):
+            large = size > 10e6 or LARGE_FILES.fullmatch(path)
+            answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
+            if (old := repo.files.get(path)) is not None:  # the client does not commit what has not changed
+                answers[-1]["oid"] = (sha256(old) if large else sha1(b"blob %d\0" % len(old) + old)).hexdigest()
+        return {"files": answers}
+
+    def lfs_batch(self, body, repo_id):
+        self.find(repo_id)
+        objects = json.loads(body)["objects"]
+        for item in objects:
+            if item["oid"] not in self.objects:  # no "actions" where the content is known
+                item["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{item['oid']}"}}
+        return {"transfer": "basic", "objects": objects}
+
+    def commit(self, body, repo_id):
+        repo, files = self.find(repo_id), {}
+        if self.fail_commits:
+            raise Refusal(self.fail_commits, "Commit refused")
+        header, *lines = map(json.loads, body.splitlines())
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            if key == "file":
+                files[value["path"]] = base64.b64decode(value["content"], validate=True)
+            elif key == "lfsFile" and len(self.objects.get(value["oid"], b"")) == value["size"]:
+                files[value["path"]] = self.objects[value["oid"]]
+            else:
+                raise Refusal(400, f"Cannot commit {key} {value.get('path')}")
+        repo.files.update(files)
+        repo.commits.append(header["value"]["summary"])
+        repo.sha = sha1(repo.sha.encode() + body).hexdigest()
+        return {"success": True, "commitOid": repo.sha, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{repo.sha}"}
+
+
+ROUTES = [
+    ("GET", "/api/whoami-v2", HubServer.whoami),
+    ("POST", "/api/repos/create", HubServer.create),
+    ("POST", "/api/validate-yaml", HubServer.validate_yaml),
+    ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/main)?", HubServer.info),
+    ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", HubServer.preupload),
+    ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubServer.lfs_batch),
+    ("POST", "/api/models/([^/]+/[^/]+)/commit/main", HubServer.commit),
+]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Speaks HTTP/1.0, one request per connection, so that nothing is served after the server has closed."""
+
+    def respond(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = Request(self.command, self.path, self.headers.get("Authorization"))
+        if request.path != "/api/agent-harnesses":  # asked at most once per process, for the user agent
+            self.hub.requests.append(request)
+        try:
+            status, headers, answer = 200, {}, self.hub.answer(request, body)
+        except Refusal as refusal:
+            status, headers, answer = refusal.status, refusal.headers, refusal.body
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_POST = do_PUT = respond
+
+    def log_message(self, *args):
+        """Says nothing on stderr."""
+
+
+def point_client_at(monkeypatch, server, token=True):
+    """Lets this process's client reach the server and nothing else; logs in with its token, another, or None."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/dev/null")
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # huggingface_hub.create_repo etc. are its methods
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)  # the client made before has read the proxies that were set
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", server.token if token is True else token or "")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "")
