@@ -3,7 +3,8 @@
     1  inversion     `invert` finds, by DDIM inversion, the noise that belongs to an image
     2  objectives    `preference_loss` turns policy and reference errors into a DPO loss
     3  pairs         reading preference pairs: a better and a worse image for one caption
-    4  training      LoRA, checkpoints, and the rest of what both scripts share
+    4  training      LoRA, checkpoints, and the rest of what both scripts share around the loop
+    5  results       what a run leaves: validation pictures, report, model card, upload to the Hub
 
 Sections 1 and 2 are plain PyTorch and know neither the model nor the training script: copy them, or import this file,
 into a trainer of your own. Inversion-DPO is arXiv 2507.11554, DDIM-InPO is arXiv 2503.18454, Diffusion-DPO is
@@ -16,13 +17,18 @@ travel in one batch (2B, ...): the B winners first, then the B losers.
 
 import argparse
 import contextlib
+import html
+import importlib.metadata
 import io
 import json
 import math
+import platform
 import re
+import shlex
 import shutil
 import signal
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # 1  Inversion
 
@@ -502,12 +508,26 @@ def parquet_files(folder: Path, split: str) -> list[str]:
     return [str(file) for file in own or (files if split == "train" else [])]
 
 
+def _check_column_type(option: str, column: str, feature) -> None:
+    """Raises ValueError if a column of images or captions holds something else."""
+    kind = str(getattr(feature, "dtype", feature))
+    text, needed = {"string", "large_string"}, "text"
+    if "image" in option:
+        text, needed = text | {"binary", "large_binary", "PIL.Image.Image"}, "images, encoded bytes or paths"
+        if isinstance(feature, dict) and {"bytes", "path"} & feature.keys():
+            return
+    elif "caption" not in option:
+        return
+    if kind not in text:
+        raise ValueError(f"{option} {column}: the column holds {kind}; needed: {needed}")
+
+
 class LabelledPairs:
     """Preference pairs in Pick-a-Pic's shape: each row has two images, a caption, and a label for image 0.
 
     Label 1 means that image 0 won, 0 that image 1 won, and 0.5 is a tie. Ties and rows without a valid label are left
     out and counted. Another shape of data is another class with `__len__`, `__getitem__` that returns a `Pair` or
-    raises `BadRow`, `row_name` and `summary`.
+    raises `BadRow`, `row_name` and `counts`.
 
     Args:
         rows: a `datasets.Dataset`.
@@ -532,6 +552,8 @@ class LabelledPairs:
                 found = ", ".join(rows.column_names)
                 raise ValueError(f"{option} {column}: the data has no such column, only {found}")
         rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+        for option, column in columns.items():
+            _check_column_type(option, column, rows.features[column])
         for column in (image_0_column, image_1_column):
             if isinstance(rows.features[column], ImageFeature):  # decode in the workers, where errors can name the row
                 rows = rows.cast_column(column, ImageFeature(decode=False))
@@ -566,8 +588,9 @@ class LabelledPairs:
     def row_name(self, index: int) -> str:
         return f"row {self.kept[index]}"
 
-    def summary(self) -> str:
-        return f"{len(self)} pairs ({self.num_ties} ties and {self.num_unlabelled} rows without a label left out)"
+    def counts(self) -> dict[str, int]:
+        """Returns what the data hold, in words for people."""
+        return {"pairs": len(self), "ties left out": self.num_ties, "rows without a label": self.num_unlabelled}
 
 
 def decode_image(value: Any) -> Image.Image:
@@ -704,8 +727,8 @@ def forward_noise(visits: list[int], seed: int, shape: tuple[int, ...]) -> torch
 class BadRowLog:
     """Counts distinct unreadable rows and warns of the first few by name."""
 
-    def __init__(self, warn: Callable[[str], None], named: int = 10):
-        self.warn, self.named, self.reasons = warn, named, {}
+    def __init__(self, warn: Callable[[str], None], known: dict[str, str], named: int = 10):
+        self.warn, self.named, self.reasons = warn, named, dict(known)
 
     def add(self, bad_rows: list[tuple[str, str]]) -> None:
         for name, reason in bad_rows:
@@ -896,6 +919,8 @@ class Checkpoint(NamedTuple):
         visit: the next pair visit, see `visit_rng`.
         num_pairs: pairs in the data, on which the order of the visits depends.
         options: the run's options by name.
+        metrics: those of every update so far, with its "step".
+        bad_rows: the reasons of unreadable rows so far, by name.
     """
 
     folder: Path
@@ -903,6 +928,8 @@ class Checkpoint(NamedTuple):
     visit: int
     num_pairs: int
     options: dict[str, Any]
+    metrics: list[dict[str, float]]
+    bad_rows: dict[str, str]
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Checkpoint | None:
@@ -966,7 +993,7 @@ def save_checkpoint(accelerator, checkpoint: Checkpoint, total_limit: int | None
     accelerator.save_state(partial)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2))
+        (partial / STATE_FILE).write_text(json.dumps(state))
         partial.rename(folder)
         if total_limit is not None:
             for old in list(checkpoint_steps(folder.parent).values())[:-total_limit]:
@@ -981,14 +1008,367 @@ def check_output_dir(output_dir: str | Path, checkpoint: Checkpoint | None) -> N
     """Raises ValueError if the folder cannot be written, or holds another run than the one `checkpoint` continues."""
     folder = Path(output_dir)
     is_continued = checkpoint is not None and _is_within(checkpoint.folder, folder)
-    has_checkpoints = bool(checkpoint_steps(folder))
-    if not is_continued and (has_checkpoints or (folder / LORA_FILE).exists()):
-        remedy = "continue that run with --resume_from_checkpoint latest" if has_checkpoints else "move it away"
-        raise ValueError(
-            f"--output_dir {output_dir} holds a finished LoRA or checkpoints; name another folder, or {remedy}"
-        )
+    checkpoints = [path.name for path in checkpoint_steps(folder).values()]
+    found = checkpoints[-1:] + [name for name in RESULTS if (folder / name).exists()]
+    if found and not is_continued:
+        remedy = "continue that run with --resume_from_checkpoint latest" if checkpoints else "move it away"
+        raise ValueError(f"--output_dir {output_dir} holds {found[0]} already; name another folder, or {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {error}") from error
+
+
+# 5  What a run leaves
+
+CARD_FILE = "README.md"
+CONFIG_FILE = "training_config.json"
+REPORT_FILE = "report.png"
+VALIDATION_DIR = "validation"
+RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, VALIDATION_DIR)
+PUSHED = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, f"{VALIDATION_DIR}/step-*.png")
+
+
+class Validation:
+    """Draws prompts with the LoRA off and on, from the same seeds, and writes them side by side as labelled pictures.
+
+    The pipeline is made of the models that train; nothing is loaded twice. Training goes on as if nothing had been
+    drawn: random state, mode and precision of the models are put back.
+
+    Args:
+        pipeline: a text-to-image pipeline with the U-Net that is trained.
+        folder: pictures are written to `folder`/step-<step>-prompt-<number>.png.
+        prompts: one picture each.
+        num_images: samples per prompt; sample i has seed `seed` + i.
+        sampling: keyword arguments of the pipeline's call.
+        autocast: context of the U-Net's calls.
+        warn: called with a line if a sample is not finite.
+    """
+
+    def __init__(self, pipeline, folder, prompts, num_images, seed, sampling, autocast, warn):
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline, self.folder, self.prompts = pipeline, Path(folder), prompts
+        self.seeds = range(seed, seed + num_images)
+        self.sampling, self.autocast, self.warn = sampling, autocast, warn
+        self._without = None  # the base model's samples never change
+
+    def draw(self, step: int) -> list[Path]:
+        """Returns the pictures' files, in the order of the prompts."""
+        from accelerate.utils.memory import clear_device_cache
+
+        unet = self.pipeline.unet
+        was_training = unet.training
+        unet.eval()
+        try:
+            with torch.random.fork_rng(devices=[unet.device] if unet.device.type == "cuda" else []):
+                if self._without is None:
+                    with reference_policy(unet):
+                        self._without = [self._sample(prompt) for prompt in self.prompts]
+                with_lora = [self._sample(prompt) for prompt in self.prompts]
+        finally:
+            unet.train(was_training)
+        clear_device_cache()
+        self.folder.mkdir(exist_ok=True)
+        files = [self.folder / f"step-{step:06}-prompt-{i}.png" for i in range(len(self.prompts))]
+        for file, prompt, *samples in zip(files, self.prompts, self._without, with_lora, strict=True):
+            draw_side_by_side(prompt, {"base model": samples[0], f"step {step}": samples[1]}, self.seeds).save(file)
+        return files
+
+    @torch.no_grad()
+    def _sample(self, prompt: str) -> list[Image.Image | None]:
+        """Returns a sample per seed, None for one that is not finite."""
+        samples = []
+        for seed in self.seeds:
+            generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on any device
+            with self.autocast():
+                latents = self.pipeline(prompt, generator=generator, output_type="latent", **self.sampling).images
+            samples.append(decode_latents(self.pipeline.vae, latents))
+        if None in samples:
+            self.warn(f"validation: the model's output for {prompt!r} is not finite; try bf16 instead of fp16")
+        return samples
+
+
+def decode_latents(vae, latents: torch.Tensor) -> Image.Image | None:
+    """Returns the picture of scaled latents (1, C, h, w), decoded in float32; None if they are not finite.
+
+    Many VAEs turn pictures black in half precision, hence float32 here, whatever precision the VAE is kept in.
+    """
+    dtype, cast = vae.dtype, torch.nn.Module.to  # diffusers' own `to` warns at every change of precision
+    cast(vae, torch.float32)
+    try:
+        pixels = vae.decode(latents.float() / vae.config.scaling_factor).sample[0]
+    finally:
+        cast(vae, dtype)
+    if not pixels.isfinite().all():
+        return None
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def draw_side_by_side(title: str, rows: dict[str, list[Image.Image | None]], columns: Iterator[int]) -> Image.Image:
+    """Returns one picture with a row of samples per label, equal seeds below each other, `title` above."""
+    columns = list(columns)
+    sizes = [sample.width for samples in rows.values() for sample in samples if sample is not None]
+    side, gap, left, line = min(512, max(256, *sizes, 0)), 8, 104, 22
+    font = ImageFont.load_default(15)
+    width = left + len(columns) * (side + gap)
+    title = textwrap.wrap(title, max(10, (width - 2 * gap) // 8)) or ["(empty prompt)"]
+    top = gap + line * (len(title) + 1)
+    canvas = Image.new("RGB", (width, top + len(rows) * (side + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, words in enumerate(title):
+        pen.text((gap, gap + i * line), words, fill="black", font=font)
+    for i, seed in enumerate(columns):
+        pen.text(
+            (left + i * (side + gap) + side / 2, top - line), f"seed {seed}", fill="#555555", font=font, anchor="ma"
+        )
+    for j, (label, samples) in enumerate(rows.items()):
+        y = top + j * (side + gap)
+        pen.text((left - gap, y + side / 2), label, fill="black", font=font, anchor="rm")
+        for i, sample in enumerate(samples):
+            box = (left + i * (side + gap), y)
+            if sample is None:
+                pen.rectangle((*box, box[0] + side, y + side), fill="#dddddd")
+                pen.text((box[0] + side / 2, y + side / 2), "not finite", fill="black", font=font, anchor="mm")
+            else:
+                canvas.paste(ImageOps.pad(sample, (side, side), Image.Resampling.BICUBIC, "white"), box)
+    return canvas
+
+
+def log_pictures(accelerator, files: list[Path], step: int) -> None:
+    """Shows pictures in those trackers that accelerate gives a common way to: tensorboard and wandb."""
+    for tracker in accelerator.trackers:
+        for file in files:
+            name, picture = f"validation/{file.stem.split('-', 2)[2]}", np.asarray(Image.open(file))
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [picture]}, step=step)
+
+
+def final_metrics(metrics: list[dict[str, float]], updates: int = 20) -> dict[str, float]:
+    """Returns the mean of each metric over the last updates that were finite."""
+    rows = [row for row in metrics if all(map(math.isfinite, row.values()))][-updates:]
+    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else {}) if name != "step"}
+
+
+def draw_report(metrics: list[dict[str, float]], file: str | Path, title: str, loss_type: str) -> None:
+    """Draws the course of a run: loss, accuracy, rewards and margin, policy and reference error.
+
+    Args:
+        metrics: a dict per update, with its "step" and the logged metrics by name.
+        file: the picture to write.
+        title: stands above it.
+        loss_type: of the run, on which the loss of an untrained policy depends.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = {
+        "loss": ["loss"],
+        "implicit accuracy (says nothing of the pictures)": ["rewards/accuracies"],
+        "rewards": ["rewards/margins", "rewards/chosen", "rewards/rejected"],
+        "error of the noise prediction": ["policy_error", "reference_error"],
+    }
+    untrained_loss = preference_loss(torch.zeros(2), torch.zeros(2), 1.0, loss_type)[0].item()
+    untrained = {"loss": untrained_loss, "rewards/accuracies": 0.5, "rewards/margins": 0.0}
+    steps = np.array([row["step"] for row in metrics])
+    window = max(1, len(steps) // 20)
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure.suptitle(f"{title}\nthin: each update, thick: mean over {window}; dotted: a policy equal to the reference")
+    for axes, (name, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for key, color in zip(keys, ("tab:blue", "tab:green", "tab:red"), strict=False):
+            values = np.array([row[key] for row in metrics])
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
+            smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+            axes.plot(steps[window - 1 :], smooth, color=color, linewidth=2, label=key)
+            if key in untrained:
+                axes.axhline(untrained[key], color="gray", linestyle=":")
+        axes.set_title(name)
+        axes.set_xlabel("update")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(file, dpi=100)
+
+
+def is_local(name: str | None) -> bool:
+    """Whether a model or data set is a folder of this machine, not a Hub id."""
+    return name is not None and Path(name).exists()
+
+
+def base_license(model: str, token: str | None = None) -> dict[str, str]:
+    """Returns the licence entries of a model's card, from its folder or the Hub; {} where they are not known."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(Path(model) / CARD_FILE if is_local(model) else model, token=token).data
+    except Exception:  # no card, no network, a private or damaged one: all mean "not known"
+        return {}
+    return {key: value for key in ("license", "license_name", "license_link") if (value := data.get(key))}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that decide what a run does."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "datasets")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def command_line(argv: list[str], secret: str = "--hub_token") -> str:
+    """Returns the command as one would type it, without the value of the secret option."""
+    words, hide = [], False
+    for word in argv:
+        words.append("..." if hide else f"{secret}=..." if word.startswith(f"{secret}=") else word)
+        hide = word == secret
+    return shlex.join(words)
+
+
+def model_card(record: dict[str, Any], pictures: dict[str, str], license: dict[str, str], repo_id: str | None) -> str:
+    """Returns the model card (README.md) of a LoRA, in Markdown with the Hub's metadata.
+
+    Args:
+        record: what `training_config.json` holds.
+        pictures: by prompt, the file of its samples without and with the LoRA, relative to the card.
+        license: the base model's licence entries, {} where not known.
+        repo_id: the LoRA's place on the Hub, None if it is not pushed.
+    """
+    from huggingface_hub import ModelCardData
+
+    options, data, base = record["options"], record["data"], record["options"]["pretrained_model_name_or_path"]
+    dataset = options["dataset_name"] or options["train_data_dir"]
+    on_hub = [name for name in [options["dataset_name"]] if name and "/" in name and not is_local(name)]
+    metadata = ModelCardData(
+        base_model=None if is_local(base) else base,
+        base_model_relation=None if is_local(base) else "adapter",
+        datasets=on_hub or None,
+        library_name="diffusers",
+        tags=["lora", "diffusers", "text-to-image", "dpo", "inversion-dpo", "template:sd-lora"],
+        widget=[{"text": prompt, "output": {"url": file}} for prompt, file in pictures.items()] or None,
+        **license,
+    )
+    base_text = f"a local model, `{Path(base).name}`" if is_local(base) else f"[{base}](https://huggingface.co/{base})"
+    data_text = f"a local folder, `{Path(dataset).name}`" if is_local(dataset) else f"`{dataset}`"
+    counts = ", ".join(f"{name} {count}" for name, count in data.items())
+    license_text = (
+        f"That of the base model: {license.get('license_name', license['license'])}."
+        if "license" in license
+        else "Not known to the training script; the base model's licence applies."
+    )
+    title = repo_id.split("/")[-1] if repo_id else Path(options["output_dir"]).resolve().name
+    gallery = "\n".join(
+        f"{html.escape(' '.join(prompt.split())) or '(empty prompt)'}\n\n![without and with the LoRA]({file})\n"
+        for prompt, file in pictures.items()
+    )
+    metrics = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in record["metrics"].items())
+    library_versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"""---
+{metadata.to_yaml()}
+---
+# {title}
+
+A LoRA for {base_text}, aligned with preference pairs (a better and a worse image for the same caption) by
+inversion-based DPO: DDIM inversion finds the noise that belongs to each image, and a DPO loss on that noise trains the
+adapter. The methods: Inversion-DPO ([arXiv 2507.11554](https://arxiv.org/abs/2507.11554)) and DDIM-InPO
+([arXiv 2503.18454](https://arxiv.org/abs/2503.18454)). Objective of this run: `{options["objective"]}`.
+
+{gallery or "No validation pictures were asked for."}
+
+## Use
+
+```python
+from diffusers import {record["pipeline"]}
+
+pipe = {record["pipeline"]}.from_pretrained({base!r}).to("cuda")
+pipe.load_lora_weights({repo_id or "path/to/this/folder"!r})
+```
+
+## Training
+
+- Data: {data_text}; {counts}.
+- {record["updates"]} updates of {record["pairs_per_update"]} pairs; processes: {record["processes"]}, mixed precision:
+  {record["mixed_precision"]}.
+- Versions: {library_versions}.
+
+```
+{record["command"]}
+```
+
+Means over the last updates:
+
+| metric | value |
+|---|---|
+{metrics}
+
+## Limits
+
+- The metrics compare noise predictions. They do not say that the pictures are better: look at them.
+- What the pairs did not judge may have drifted. Biases of the pairs and of the base model remain.
+- Trained at {options["resolution"]} pixels, on the U-Net's attention layers; the text encoder is the base model's.
+
+## Licence
+
+{license_text}
+"""
+
+
+def write_results(
+    folder: str | Path,
+    record: dict[str, Any],
+    metrics: list[dict[str, float]],
+    pictures: dict[str, str],
+    repo_id: str | None,
+    token: str | None,
+) -> None:
+    """Writes what stands beside a finished LoRA: training_config.json, report.png and the model card."""
+    folder = Path(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    options = record["options"]
+    if metrics:
+        title = f"{folder.resolve().name}, {options['objective']}"
+        draw_report(metrics, folder / REPORT_FILE, title, options["loss_type"])
+    license = base_license(options["pretrained_model_name_or_path"], token)
+    (folder / CARD_FILE).write_text(model_card(record, pictures, license, repo_id))
+
+
+def create_hub_repo(hub_model_id: str | None, output_dir: str, token: str | None, private: bool) -> str:
+    """Creates a model repository on the Hub, unless it is there, and returns its id.
+
+    Raises:
+        ValueError: if the Hub refuses, or a private repository was asked for and a public one is there.
+    """
+    from huggingface_hub import HfApi
+
+    name, api = hub_model_id or Path(output_dir).resolve().name, HfApi(token=token)
+    try:
+        repo_id = api.create_repo(name, private=private or None, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)  # one that exists may be readable only
+        is_public = private and not api.model_info(repo_id).private
+    except Exception as error:  # bad names, tokens and networks raise many kinds
+        raise ValueError(
+            f"--push_to_hub: the Hub refuses {name}: {one_line(error)}; log in with `hf auth login`, or set HF_TOKEN "
+            "to a token that may write there"
+        ) from error
+    if is_public:
+        raise ValueError(f"--hub_private_repo: {repo_id} exists and is public; make it private or name another")
+    return repo_id
+
+
+def push_to_hub(repo_id: str, folder: str | Path, token: str | None) -> None:
+    """Uploads the LoRA, its card, pictures and configuration; no checkpoints, no logs.
+
+    Raises:
+        RuntimeError: if that fails, with the command that repeats it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(PUSHED), commit_message="Training finished"
+        )
+    except Exception as error:  # networks and servers fail in many kinds
+        patterns = [word for pattern in PUSHED for word in ("--include", pattern)]
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *patterns])
+        raise RuntimeError(
+            f"the upload to {repo_id} failed: {one_line(error)}\nEverything is in {folder}. Repeat it, after `hf auth login`, with\n{command}"
+        ) from error

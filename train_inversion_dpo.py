@@ -10,6 +10,8 @@
 #     "safetensors>=0.8.0",
 #     "numpy>=2.0",
 #     "pillow>=11.0",
+#     "matplotlib>=3.10",
+#     "huggingface_hub>=2.4",
 #     "tensorboard>=2.20",
 # ]
 # ///
@@ -36,12 +38,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xformers_available
 from diffusers.utils.torch_utils import is_compiled_module
@@ -51,6 +54,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from inversion_utils import (
     LOSS_TYPES,
     PREDICTION_TYPES,
+    VALIDATION_DIR,
     BadRowLog,
     Checkpoint,
     LabelledPairs,
@@ -58,36 +62,45 @@ from inversion_utils import (
     RunningMeans,
     StopSignal,
     Trajectory,
+    Validation,
     VisitBatches,
     add_lora,
     add_noise,
     backward_in_chunks,
     check_output_dir,
     check_resumed_run,
+    command_line,
+    create_hub_repo,
     encode_images,
+    final_metrics,
     find_checkpoint,
     forward_noise,
     invert,
     is_zero_lora,
     leave_signals_to_the_main_process,
     load_rows,
+    log_pictures,
     map_condition,
     noise_from_model_output,
     number,
     one_line,
     prediction_error,
     preference_loss,
+    push_to_hub,
     reference_policy,
     register_lora_checkpointing,
     sample_timesteps,
     save_checkpoint,
     save_lora,
     to_device,
+    versions,
+    write_results,
 )
 
 check_min_version("0.42.0")
 logger = get_logger(__name__)
 
+PIPELINE_CLASS = StableDiffusionPipeline
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
 # Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
 # model and data are, which may have moved.
@@ -96,7 +109,8 @@ FREE_ON_RESUME = set(
     "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
     "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
     "allow_tf32 dataloader_num_workers max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir "
-    "report_to".split()
+    "report_to validation_prompts validation_steps num_validation_images validation_inference_steps "
+    "validation_guidance_scale push_to_hub hub_model_id hub_private_repo".split()
 )
 
 
@@ -191,9 +205,25 @@ def parse_args(argv=None):
     add("--allow_tf32", action="store_true", help="faster float32 products on Ampere GPUs and later, less exact")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention instead of SDPA")
 
+    group = parser.add_argument_group("validation: pictures without and with the LoRA, from the same seeds")
+    add = group.add_argument
+    add("--validation_prompts", nargs="+", help="prompts to draw, each in quotes; also drawn at the end")
+    add("--validation_steps", type=count, default=100, help="updates between pictures; fewer cost more time")
+    add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and cost time")
+    add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
+    add("--validation_guidance_scale", type=number(float, least=0), default=7.5,
+        help="guidance of the samples; higher obeys the prompt more and varies less")
+
+    group = parser.add_argument_group("Hugging Face Hub")
+    add = group.add_argument
+    add("--push_to_hub", action="store_true", help="upload LoRA, card, pictures and configuration at the end")
+    add("--hub_model_id", help="repository, as user/name (the name of --output_dir)")
+    add("--hub_token", help="token that may write; HF_TOKEN or `hf auth login` keep it out of the command line")
+    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--output_dir", required=True, help="folder for the LoRA, checkpoints and logs")
+    add("--output_dir", required=True, help="folder for the LoRA, checkpoints, pictures and logs")
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
     add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
     add("--checkpointing_steps", type=count, default=100, help="updates between checkpoints; the last has one too")
@@ -225,6 +255,20 @@ def check_args(args, error, default):
     elif inversion_steps(args) < timesteps_per_pair(args):
         error(
             f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
+        )
+    if not args.validation_prompts:
+        for name in ("validation_steps", "num_validation_images", "validation_inference_steps",
+                     "validation_guidance_scale"):  # fmt: skip
+            if getattr(args, name) != default(name):
+                error(f"--{name} goes with --validation_prompts")
+    if not args.push_to_hub:
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            if getattr(args, name):
+                error(f"--{name} goes with --push_to_hub")
+    if args.hub_token and args.report_to not in ("tensorboard", "none"):
+        error(
+            f"--hub_token with --report_to {args.report_to} would store the token in the tracker, with the command "
+            "line; log in with `hf auth login` instead"
         )
     if args.use_8bit_adam and not is_bitsandbytes_available():
         error("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
@@ -264,19 +308,33 @@ def vae_location(args):
     return args.pretrained_model_name_or_path, where
 
 
+def check_family(source, unet):
+    """Raises ValueError if a U-Net's configuration is not one of SD 1.5 or 2.x."""
+    if unet.get("addition_embed_type") == "text_time":
+        raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
+    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    if kind := next((kind for kind in kinds if unet.get(kind)), None):
+        raise ValueError(f"{source}: its U-Net has {kind} {unet[kind]!r}, which SD 1.5 and 2.x do not have")
+
+
 def load_noise_scheduler(args):
     """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
     model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     source = f"--pretrained_model_name_or_path {model}"
+    vae_path, vae_where = vae_location(args)
     try:
+        part = "unet"
         unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
-        noise_scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler", **where)
-        vae_path, vae_where = vae_location(args)
+        part = "scheduler"
+        scheduler = DDPMScheduler.load_config(model, subfolder="scheduler", **where)
+        noise_scheduler = DDPMScheduler.from_config(scheduler)
+        part = f"vae ({vae_path})"
         vae = AutoencoderKL.load_config(vae_path, **vae_where)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source} is no Stable Diffusion model: {one_line(error)}") from error
-    if unet.get("addition_embed_type"):
-        raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
+    except (OSError, ValueError, NotImplementedError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            source += f" (a {DiffusionPipeline.load_config(model, **where)['_class_name']})"
+        raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
+    check_family(source, unet)
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise ValueError(
             f"{source}: its U-Net takes {unet.get('in_channels')} channels, its VAE makes "
@@ -285,9 +343,13 @@ def load_noise_scheduler(args):
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     if args.resolution < factor or args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
-    prediction_type = noise_scheduler.config.prediction_type
+    sampler, prediction_type = scheduler.get("_class_name", "DDPMScheduler"), noise_scheduler.config.prediction_type
+    if sampler.startswith(("EDM", "FlowMatch")):
+        raise ValueError(f"{source} has a {sampler}: models scaled by sigma and flow models are not supported")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
+    if not hasattr(diffusers, sampler):
+        raise ValueError(f"{source}: diffusers has no scheduler {sampler}")
     return noise_scheduler
 
 
@@ -302,6 +364,21 @@ def load_models(args, weight_dtype):
     vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_where)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
     return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), unet
+
+
+def load_sampler(args):
+    """Returns the scheduler that the model is sampled with, for validation."""
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    name = DDPMScheduler.load_config(model, subfolder="scheduler", **where).get("_class_name", "DDPMScheduler")
+    return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler", **where)
+
+
+def make_pipeline(tokenizer, text_encoder, vae, unet, sampler):
+    """Returns a pipeline of the loaded models, for validation."""
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sampler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def load_pairs(args):
@@ -365,6 +442,7 @@ def create_optimizer(args, parameters, visits_per_update):
 def main(argv=None):
     args, error = parse_args(argv)
     num_targets = timesteps_per_pair(args)
+    options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
     try:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
@@ -372,12 +450,16 @@ def main(argv=None):
         min_timestep, max_timestep = timestep_band(args, noise_scheduler)
         pairs = load_pairs(args)
         if checkpoint:
-            check_resumed_run(checkpoint, len(pairs), vars(args), FREE_ON_RESUME)
+            check_resumed_run(checkpoint, len(pairs), options, FREE_ON_RESUME)
         train_dataset = PreferenceDataset(
             pairs, args.resolution, num_targets, args.seed,
             args.random_crop, args.random_flip, args.proportion_empty_prompts,
         )  # fmt: skip
         train_dataset[0, 0]  # finds out before the models load whether there is a readable pair
+        sampler = load_sampler(args) if args.validation_prompts else None
+        repo_id = None
+        if args.push_to_hub:
+            repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
     except (ValueError, RuntimeError) as problem:
         error(str(problem))
 
@@ -400,7 +482,11 @@ def main(argv=None):
     set_seed(args.seed)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-    tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype)
+    try:
+        tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype)
+    except Exception as problem:  # damaged files fail in many kinds
+        model = args.pretrained_model_name_or_path
+        error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
     for module in (text_encoder, vae, unet):
         module.to(accelerator.device)
     lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank)
@@ -433,15 +519,15 @@ def main(argv=None):
     unet, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler)
     policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
-    register_lora_checkpointing(accelerator, base, StableDiffusionPipeline)
+    register_lora_checkpointing(accelerator, base, PIPELINE_CLASS)
     if checkpoint:
         accelerator.load_state(checkpoint.folder)
         accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
         logger.info(f"Resuming from {checkpoint.folder}")
     if args.report_to != "none":
         config = {
-            key: value if isinstance(value, int | float | str | bool) else str(value)
-            for key, value in vars(args).items()
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in options.items()
         }
         accelerator.init_trackers("inversion-dpo", config=config)
 
@@ -471,9 +557,22 @@ def main(argv=None):
     if args.inversion_guidance_scale > 1:
         empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
-    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False))
+    metrics, known = (checkpoint.metrics, checkpoint.bad_rows) if checkpoint else ([], {})
+    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False), known)
+    validation = None
+    if args.validation_prompts and accelerator.is_main_process:
+        sampling = {
+            "height": args.resolution, "width": args.resolution,
+            "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
+        }  # fmt: skip
+        validation = Validation(
+            make_pipeline(tokenizer, text_encoder, vae, base, sampler), Path(args.output_dir) / VALIDATION_DIR,
+            args.validation_prompts, args.num_validation_images, args.seed, sampling, accelerator.autocast,
+            logger.warning,
+        )  # fmt: skip
+    data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
     logger.info(
-        f"{pairs.summary()}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
+        f"{data}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
         f"{num_targets} timesteps a pair in {min_timestep}..{max_timestep}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
@@ -548,7 +647,9 @@ def main(argv=None):
         step, visit = step + 1, visit + visits_per_update
         good_steps, bad_steps = good_steps + (not is_bad), bad_steps + is_bad
         bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
-        accelerator.log({**logs, "lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}, step=step)
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}
+        metrics.append({"step": step, **logs})
+        accelerator.log(logs, step=step)
         if not is_bad:
             lr_scheduler.step()
         progress.update()
@@ -567,25 +668,58 @@ def main(argv=None):
             )
         if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
             folder = Path(args.output_dir) / f"checkpoint-{step}"
-            reached = Checkpoint(folder, step, visit, len(pairs), vars(args))
+            all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
+            reached = Checkpoint(folder, step, visit, len(pairs), options, metrics, all_bad_rows)
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
+        if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
+            log_pictures(accelerator, validation.draw(step), step)
         if is_stopping or step >= max_train_steps:
             break
 
     progress.close()
-    is_unfinished = is_stopping and step < max_train_steps
-    if len(bad_rows):
-        logger.warning(f"{len(bad_rows)} unreadable rows were skipped", main_process_only=False)
+    stop.restore()
+    is_unfinished, push_failed = is_stopping and step < max_train_steps, False
+    all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
+    if all_bad_rows:
+        logger.warning(f"{len(all_bad_rows)} unreadable rows were skipped")
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
     if is_unfinished:
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
     elif accelerator.is_main_process:
-        logger.info(f"Saved {save_lora(base, args.output_dir, StableDiffusionPipeline)}")
+        logger.info(f"Saved {save_lora(base, args.output_dir, PIPELINE_CLASS)}")
+        files = validation.draw(step) if validation else []
+        log_pictures(accelerator, files, step)
+        record = {
+            "command": command_line([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
+            "pipeline": PIPELINE_CLASS.__name__,
+            "updates": step,
+            "pairs_per_update": visits_per_update,
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "data": {**pairs.counts(), "unreadable rows skipped": len(all_bad_rows)},
+            "metrics": final_metrics(metrics),
+            "versions": versions(),
+            "options": options,
+        }
+        pictures = {
+            prompt: f"{VALIDATION_DIR}/{file.name}"
+            for prompt, file in zip(args.validation_prompts or [], files, strict=True)
+        }
+        write_results(args.output_dir, record, metrics, pictures, repo_id, args.hub_token)
+        if repo_id:
+            try:
+                push_to_hub(repo_id, args.output_dir, args.hub_token)
+            except RuntimeError as problem:
+                logger.error(problem)
+                push_failed = True
+            else:
+                logger.info(f"Pushed to {repo_id}")
     accelerator.end_training()
-    stop.restore()
     if is_unfinished:
         sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
+    if push_failed:
+        sys.exit(1)
 
 
 def unwrap_model(accelerator, model):

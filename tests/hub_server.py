@@ -107,7 +107,12 @@ class HubServer:
         return self.repos[repo_id]
 
     def info(self, _, repo_id):
-        return {"id": repo_id, "sha": self.find(repo_id, write=False).sha}
+        repo = self.find(repo_id, write=False)
+        return {"id": repo_id, "sha": repo.sha, "private": bool(repo.private)}
+
+    def check_write(self, _, repo_id):
+        self.find(repo_id)
+        return {}
 
     def validate_yaml(self, body):
         header = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", json.loads(body)["content"], re.S)
@@ -157,6 +162,7 @@ ROUTES = [
     ("POST", "/api/repos/create", HubServer.create),
     ("POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/main)?", HubServer.info),
+    ("GET", "/api/models/([^/]+/[^/]+)/auth-check/write", HubServer.check_write),
     ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", HubServer.preupload),
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     ("POST", "/api/models/([^/]+/[^/]+)/commit/main", HubServer.commit),

@@ -99,7 +99,7 @@ def test_ties_and_rows_without_a_label_are_left_out_and_counted():
         row["label_0"] = label
     pairs = labelled(rows)
     assert pairs.kept.tolist() == [0, 2] and (pairs.num_ties, pairs.num_unlabelled) == (1, 3)
-    assert pairs.summary() == "2 pairs (1 ties and 3 rows without a label left out)"
+    assert pairs.counts() == {"pairs": 2, "ties left out": 1, "rows without a label": 3}
     assert pairs.row_name(1) == "row 2"
     assert len(labelled(rows, max_pairs=1)) == 1
 
@@ -203,7 +203,7 @@ def test_a_bad_row_is_replaced_within_its_visit():
 
 def test_bad_rows_are_named_once_and_counted():
     lines = []
-    log = BadRowLog(lines.append, named=2)
+    log = BadRowLog(lines.append, {}, named=2)
     log.add([("row 1", "why"), ("row 1", "why")])
     log.add([("row 2", "why"), ("row 3", "why")])
     assert len(log) == 3 and len(lines) == 2 and "row 1" in lines[0] and "row 2" in lines[1]

@@ -1,0 +1,112 @@
+"""--push_to_hub with the real client against a Hub on loopback: what arrives, what never does, how it fails."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, Repo, point_client_at
+
+from inversion_utils import LORA_FILE
+
+VALIDATION = {"validation_prompts": ["a red circle"], "num_validation_images": 1, "validation_inference_steps": 1}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with HubServer() as server:
+        point_client_at(monkeypatch, server)
+        yield server
+
+
+def on_disk(folder, names):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+PUSHED = {LORA_FILE, "README.md", "report.png", "training_config.json", "validation/step-000002-prompt-0.png"}
+
+
+def test_what_arrives_is_what_is_on_disk_and_nothing_else(train, hub):
+    output_dir = train(push_to_hub=True, hub_private_repo=True, report_to="tensorboard", **VALIDATION)
+    repo = hub.repos["tester/run"]
+    assert repo.private is True and len(repo.commits) == 1
+    assert repo.files == on_disk(output_dir, PUSHED)
+    assert (output_dir / "checkpoint-2").is_dir() and (output_dir / "logs").is_dir()
+    assert b"pipe.load_lora_weights('tester/run')" in repo.files["README.md"]
+
+
+def test_strangers_in_the_folder_stay_at_home(train, hub, tmp_path):
+    (tmp_path / "run" / "secrets").mkdir(parents=True)
+    (tmp_path / "run" / "secrets" / "README.md").write_text("mine")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(push_to_hub=True, hub_model_id="tester/elsewhere", max_train_steps=1)
+    assert set(hub.repos) == {"tester/elsewhere"}
+    assert set(hub.repos["tester/elsewhere"].files) == PUSHED - {"validation/step-000002-prompt-0.png"}
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "named"),
+    [
+        ({}, "hf_wrong", ["401", "hf auth login"]),
+        ({}, None, ["401", "hf auth login"]),
+        ({"hub_token": "hf_wrong"}, True, ["401", "HF_TOKEN"]),
+        ({"hub_model_id": "somebody/lora"}, True, ["somebody/lora", "403"]),
+        ({"hub_model_id": "somebody/readable"}, True, ["somebody/readable", "403"]),
+        ({"hub_model_id": "tester/public", "hub_private_repo": True}, True, ["tester/public exists and is public"]),
+        ({"hub_model_id": "a/b/c"}, True, ["a/b/c"]),
+    ],
+    ids=["bad_token", "no_token", "bad_hub_token", "foreign", "foreign_readable", "public", "bad_name"],
+)
+def test_a_hub_that_refuses_ends_the_run_before_it_begins(refused, no_models, hub, monkeypatch, options, token, named):
+    point_client_at(monkeypatch, hub, token)
+    hub.repos["tester/public"], hub.repos["somebody/readable"] = Repo(private=False), Repo()
+    message = refused(push_to_hub=True, **options)
+    assert all(text in message for text in named), message
+    assert "hf_wrong" not in message and set(hub.repos) == {"tester/public", "somebody/readable"}
+
+
+def test_no_repository_is_made_for_a_run_that_cannot_start(refused, no_models, hub):
+    refused(push_to_hub=True, label_column="nothing")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("failing", ["fail_commits", "fail_uploads"])
+def test_a_failed_upload_keeps_everything_and_says_how_to_repeat_it(train, hub, caplog, tmp_path, failing):
+    setattr(hub, failing, 403)
+    with pytest.raises(SystemExit) as stop:
+        train(push_to_hub=True, max_train_steps=2, **VALIDATION)
+    assert stop.value.code == 1 and hub.repos["tester/run"].files == {}
+    message = next(record.getMessage() for record in caplog.records if "the upload to" in record.getMessage())
+    command = shlex.split(message.splitlines()[-1])
+    assert command[:2] == ["hf", "upload"]
+
+    setattr(hub, failing, 0)
+    hf = Path(sys.executable).with_name("hf")
+    done = subprocess.run([hf, *command[1:]], env={**os.environ, **hub.environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert hub.repos["tester/run"].files == on_disk(tmp_path / "run", PUSHED)
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_the_token_is_nowhere(train, hub, caplog, capfd, monkeypatch, way):
+    """Not in a checkpoint, a log, a tracker, the card, the configuration, what is pushed; nor in a failure's text."""
+    hub.token = "hf_planted_" + "x" * 20
+    point_client_at(monkeypatch, hub, "hf_another" if way == "option" else True)
+    token = {"hub_token": hub.token} if way == "option" else {}
+    output_dir = train(push_to_hub=True, report_to="tensorboard", **token, **VALIDATION)
+    hub.fail_commits = 403
+    with pytest.raises(SystemExit):
+        train("failing", push_to_hub=True, hub_model_id="tester/failing", **token)
+    printed = capfd.readouterr()
+    for text in (printed.out, printed.err, caplog.text):
+        assert hub.token not in text
+    files = [path for path in output_dir.parent.rglob("*") if path.is_file()]
+    assert len(files) > 15 and not any(hub.token.encode() in path.read_bytes() for path in files)
+    assert not any(hub.token.encode() in content for content in hub.repos["tester/run"].files.values())
+    used = {request.authorization for request in hub.requests if request.method == "POST"}
+    assert used == {f"Bearer {hub.token}"}
+    command = json.loads((output_dir / "training_config.json").read_text())["command"]
+    assert ("--hub_token" in command) == (way == "option")
