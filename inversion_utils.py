@@ -29,7 +29,7 @@ import shutil
 import signal
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -617,19 +617,34 @@ def decode_image(value: Any) -> Image.Image:
         raise BadRow(f"unreadable image ({type(error).__name__}: {error})") from error
 
 
-def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, float], flip: bool) -> torch.Tensor:
-    """Returns the image as pixels (3, resolution, resolution) in [-1, 1].
+class View(NamedTuple):
+    """A square window of an image, and where it lies, as SDXL is told (arXiv 2307.01952, section 2.2).
 
-    The shorter side becomes `resolution`; `crop` (top, left) in [0, 1] places the square in what is left over,
-    relatively, so that two images of other shapes are cut alike: 0.5 is the centre.
+    Attributes:
+        pixels: (3, resolution, resolution) in [-1, 1].
+        original_size: (height, width) of the whole image, in its own pixels.
+        corner: (top, left) of the window, in pixels of the resized image.
     """
+
+    pixels: torch.Tensor
+    original_size: tuple[int, int]
+    corner: tuple[int, int]
+
+
+def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, float], flip: bool) -> View:
+    """Returns a square window of the image, whose shorter side becomes `resolution`.
+
+    `crop` (top, left) in [0, 1] places the square in what is left over, relatively, so that two images of other shapes
+    are cut alike: 0.5 is the centre. The image is mirrored before it is cut, so `corner` belongs to what is seen.
+    """
+    original_size = (image.height, image.width)
+    image = ImageOps.mirror(image) if flip else image
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     top, left = round(crop[0] * (height - resolution)), round(crop[1] * (width - resolution))
     pixels = np.asarray(image, dtype=np.float32)[top : top + resolution, left : left + resolution] / 127.5 - 1
-    pixels = pixels[:, ::-1] if flip else pixels
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return View(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), original_size, (top, left))
 
 
 def visit_rng(seed: int, visit: int, purpose: int = 0) -> np.random.Generator:
@@ -645,7 +660,9 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     `self[visit, index]` is a dict with
         visit: the running number of the pair over the run;
+        row: its name;
         pixel_values: (2, 3, resolution, resolution) in [-1, 1], winner and loser, cropped and flipped alike;
+        original_sizes, corners: (2, 2) int64, of winner and loser, see `View`;
         caption: str, empty for a share `proportion_empty_prompts` of the visits;
         uniforms: (M,) float64 in [0, 1), from which `sample_timesteps` makes the training timesteps;
         bad_rows: list of (name, reason) of unreadable pairs that this visit met and replaced by another.
@@ -676,9 +693,13 @@ class PreferenceDataset(torch.utils.data.Dataset):
         else:
             name, reason = bad_rows[0]
             raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unreadable; the first: {name}, {reason}")
+        views = [resize_and_crop(image, self.resolution, crop, flip) for image in images]
         return {
             "visit": visit,
-            "pixel_values": torch.stack([resize_and_crop(image, self.resolution, crop, flip) for image in images]),
+            "row": self.pairs.row_name(index),
+            "pixel_values": torch.stack([view.pixels for view in views]),
+            "original_sizes": torch.tensor([view.original_size for view in views]),
+            "corners": torch.tensor([view.corner for view in views]),
             "caption": "" if empty < self.proportion_empty_prompts else pair.caption,
             "uniforms": torch.tensor(uniforms, dtype=torch.float64),
             "bad_rows": bad_rows,
@@ -724,20 +745,17 @@ def forward_noise(visits: list[int], seed: int, shape: tuple[int, ...]) -> torch
     return torch.cat([noise, noise], dim=1)
 
 
-class BadRowLog:
-    """Counts distinct unreadable rows and warns of the first few by name."""
+class RowLog:
+    """Counts distinct rows by name, with a reason each, and warns of the first few."""
 
-    def __init__(self, warn: Callable[[str], None], known: dict[str, str], named: int = 10):
-        self.warn, self.named, self.reasons = warn, named, dict(known)
+    def __init__(self, warn: Callable[[str], None], what: str, known: dict[str, str], named: int = 10):
+        self.warn, self.what, self.named, self.reasons = warn, what, named, dict(known)
 
-    def add(self, bad_rows: list[tuple[str, str]]) -> None:
-        for name, reason in bad_rows:
+    def add(self, rows: list[tuple[str, str]]) -> None:
+        for name, reason in rows:
             if name not in self.reasons and len(self.reasons) < self.named:
-                self.warn(f"{name} is skipped, another pair takes its place: {reason}")
+                self.warn(f"{name} {self.what}: {reason}")
             self.reasons[name] = reason
-
-    def __len__(self) -> int:
-        return len(self.reasons)
 
 
 # 4  Training
@@ -761,7 +779,7 @@ def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"  # of a checkpoint
-LORA_TARGETS = ["to_k", "to_q", "to_v", "to_out.0"]
+LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 def map_condition(function: Callable, *conditions: dict[str, Any]) -> dict[str, Any]:
@@ -789,6 +807,33 @@ def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Ten
     pixel_values = to_device(pixel_values, vae.device).to(vae.dtype)
     latents = [vae.encode(chunk).latent_dist.mode() for chunk in pixel_values.split(batch_size)]
     return torch.cat(latents).float() * vae.config.scaling_factor
+
+
+def finite_pairs(latents: torch.Tensor) -> torch.Tensor:
+    """Returns (2B,) bool: whether both latents of a sample's pair are finite, for latents (2B, C, h, w)."""
+    is_finite = latents.isfinite().flatten(1).all(1)
+    return is_finite.view(2, -1).all(0).repeat(2)
+
+
+def tokenize(tokenizers: Sequence, captions: list[str]) -> list[torch.Tensor]:
+    """Returns token ids (B, L) of each tokenizer, padded and cut to the text encoder's length."""
+    return [
+        tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
+
+
+def cut_captions(tokenizers: Sequence, examples: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Returns (row name, what happened) of the examples whose captions are longer than the text encoders read."""
+    longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    lengths = [len(tokenizers[0](example["caption"], verbose=False).input_ids) for example in examples]
+    return [
+        (example["row"], f"{length} tokens, of which {longest} are read")
+        for example, length in zip(examples, lengths, strict=True)
+        if length > longest
+    ]
 
 
 class StopSignal:
@@ -836,13 +881,32 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def add_lora(unet, rank: int, lora_alpha: float) -> list[torch.nn.Parameter]:
-    """Adds a LoRA in float32 to the U-Net's attention projections, freezes all else, and returns its parameters."""
+def check_lora_targets(unet_config: dict[str, Any], targets: list[str]) -> None:
+    """Raises ValueError unless a LoRA fits on what is named, for a U-Net of this configuration; loads no weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    try:
+        add_lora(unet, 1, 1, targets)
+    except (ValueError, re.error) as error:
+        raise ValueError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
+
+
+def add_lora(unet, rank: int, lora_alpha: float, targets: Sequence[str] = LORA_TARGETS) -> list[torch.nn.Parameter]:
+    """Adds a LoRA in float32 to a U-Net, freezes all else, and returns the LoRA's parameters.
+
+    Args:
+        targets: the modules' names, or the ends of their names; or a single regular expression that matches names
+            as a whole. By default the attention projections.
+    """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
     unet.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+    is_pattern = len(targets) == 1 and any(character in targets[0] for character in "*+?|()[]^$\\")
+    modules = targets[0] if is_pattern else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=modules)
     unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -1370,5 +1434,6 @@ def push_to_hub(repo_id: str, folder: str | Path, token: str | None) -> None:
         patterns = [word for pattern in PUSHED for word in ("--include", pattern)]
         command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *patterns])
         raise RuntimeError(
-            f"the upload to {repo_id} failed: {one_line(error)}\nEverything is in {folder}. Repeat it, after `hf auth login`, with\n{command}"
+            f"the upload to {repo_id} failed: {one_line(error)}\n"
+            f"Everything is in {folder}. Repeat the upload, after `hf auth login`, with\n{command}"
         ) from error

@@ -52,13 +52,14 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
+    LORA_TARGETS,
     LOSS_TYPES,
     PREDICTION_TYPES,
     VALIDATION_DIR,
-    BadRowLog,
     Checkpoint,
     LabelledPairs,
     PreferenceDataset,
+    RowLog,
     RunningMeans,
     StopSignal,
     Trajectory,
@@ -67,13 +68,16 @@ from inversion_utils import (
     add_lora,
     add_noise,
     backward_in_chunks,
+    check_lora_targets,
     check_output_dir,
     check_resumed_run,
     command_line,
     create_hub_repo,
+    cut_captions,
     encode_images,
     final_metrics,
     find_checkpoint,
+    finite_pairs,
     forward_noise,
     invert,
     is_zero_lora,
@@ -93,6 +97,7 @@ from inversion_utils import (
     save_checkpoint,
     save_lora,
     to_device,
+    tokenize,
     versions,
     write_results,
 )
@@ -162,6 +167,8 @@ def parse_args(argv=None):
     add("--min_timestep", type=natural, default=0, help="lowest training timestep")
     add("--max_timestep", type=natural,
         help="highest training timestep; a band of high ones learns layout faster, not detail")
+    add("--timesteps_subset", type=natural, nargs="+",
+        help="instead of a band: train at these only, as a distilled few-step model is sampled at")
     add("--trajectory_chunk", type=count, default=4,
         help="timesteps per policy call; less takes less memory, and a second forward where not all fit into one")
     add("--inversion_steps", type=count, help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4)")
@@ -182,6 +189,9 @@ def parse_args(argv=None):
     add = group.add_argument
     add("--rank", type=count, default=16, help="rank of the LoRA; higher learns more and takes more memory")
     add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
+    add("--lora_target_modules", nargs="+", default=list(LORA_TARGETS),
+        help="modules that get a LoRA: ends of names, or one regular expression; more learn more, take more memory")
+    add("--train_text_encoder", action="store_true", help="out of scope: the LoRA is the U-Net's alone")
     add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
@@ -270,6 +280,10 @@ def check_args(args, error, default):
             f"--hub_token with --report_to {args.report_to} would store the token in the tracker, with the command "
             "line; log in with `hf auth login` instead"
         )
+    if args.train_text_encoder:
+        error("--train_text_encoder is out of scope: the LoRA is the U-Net's alone; leave the option out")
+    if args.timesteps_subset and (args.min_timestep, args.max_timestep) != (0, None):
+        error("--timesteps_subset and --min_timestep, --max_timestep exclude each other")
     if args.use_8bit_adam and not is_bitsandbytes_available():
         error("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
     if args.report_to not in ("all", "none", *map(str, get_available_trackers())):
@@ -286,18 +300,25 @@ def inversion_steps(args):
     return args.inversion_steps or timesteps_per_pair(args) + 4
 
 
-def timestep_band(args, noise_scheduler):
-    """Returns the lowest and highest training timestep; raises ValueError if the schedule does not have them.
+def allowed_timesteps(args, noise_scheduler):
+    """Returns the training timesteps (K,), rising; raises ValueError if the schedule does not have them.
 
     A level without signal (zero terminal SNR) is never trained on: its error is zero by construction.
     """
     last = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1
+    if args.timesteps_subset:
+        subset, least = sorted(set(args.timesteps_subset)), timesteps_per_pair(args)
+        if subset[-1] > last or len(subset) < least:
+            raise ValueError(
+                f"--timesteps_subset is {subset}; allowed: {least} or more, those of a pair, in 0 to {last}"
+            )
+        return torch.tensor(subset)
     highest = last if args.max_timestep is None else args.max_timestep
     if not args.min_timestep <= highest <= last:
         raise ValueError(
             f"--min_timestep {args.min_timestep} and --max_timestep {highest}; allowed: an interval within 0 to {last}"
         )
-    return args.min_timestep, highest
+    return torch.arange(args.min_timestep, highest + 1)
 
 
 def vae_location(args):
@@ -335,6 +356,8 @@ def load_noise_scheduler(args):
             source += f" (a {DiffusionPipeline.load_config(model, **where)['_class_name']})"
         raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
     check_family(source, unet)
+    if args.lora_target_modules != list(LORA_TARGETS):
+        check_lora_targets(unet, args.lora_target_modules)
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise ValueError(
             f"{source}: its U-Net takes {unet.get('in_channels')} channels, its VAE makes "
@@ -354,7 +377,7 @@ def load_noise_scheduler(args):
 
 
 def load_models(args, weight_dtype):
-    """Returns tokenizer, text encoder, VAE and U-Net, the last three in `weight_dtype`, all but the U-Net frozen."""
+    """Returns tokenizers, text encoders, VAE and U-Net, these in `weight_dtype`; all but the U-Net are frozen."""
     model = args.pretrained_model_name_or_path
     where = {"revision": args.revision, "cache_dir": args.cache_dir}
     weights = {**where, "variant": args.variant, "dtype": weight_dtype}
@@ -363,7 +386,7 @@ def load_models(args, weight_dtype):
     vae_path, vae_where = vae_location(args)
     vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_where)
     unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
-    return tokenizer, text_encoder.requires_grad_(False).eval(), vae.requires_grad_(False).eval(), unet
+    return [tokenizer], [text_encoder.requires_grad_(False).eval()], vae.requires_grad_(False).eval(), unet
 
 
 def load_sampler(args):
@@ -373,10 +396,10 @@ def load_sampler(args):
     return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler", **where)
 
 
-def make_pipeline(tokenizer, text_encoder, vae, unet, sampler):
+def make_pipeline(args, tokenizers, text_encoders, vae, unet):
     """Returns a pipeline of the loaded models, for validation."""
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=sampler,
+        vae=vae, text_encoder=text_encoders[0], tokenizer=tokenizers[0], unet=unet, scheduler=load_sampler(args),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -391,29 +414,25 @@ def load_pairs(args):
     )
 
 
-def tokenize(tokenizer, captions):
-    """Returns token ids (B, L), padded and truncated to the text encoder's length."""
-    tokens = tokenizer(
-        captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    return tokens.input_ids
-
-
-def collate(examples, tokenizer):
-    """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, input_ids (B, L), uniforms (M, B)."""
+def collate(examples, tokenizers):
+    """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, uniforms (M, B), and lists."""
     return {
         "visits": [example["visit"] for example in examples],
+        "rows": [example["row"] for example in examples],
         "pixel_values": torch.stack([example["pixel_values"] for example in examples], dim=1).flatten(0, 1),
-        "input_ids": tokenize(tokenizer, [example["caption"] for example in examples]),
+        "input_ids": tokenize(tokenizers, [example["caption"] for example in examples]),
+        "empty_input_ids": tokenize(tokenizers, [""] * len(examples)),
         "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
         "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
+        "cut_captions": cut_captions(tokenizers, examples),
     }
 
 
 @torch.no_grad()
-def encode_prompts(text_encoder, input_ids):
-    """Returns the U-Net's conditioning for token ids (B, L), twice over: (2B, ...), for the winners and the losers."""
-    embeds = text_encoder(to_device(input_ids, text_encoder.device))[0]
+def encode_prompts(text_encoders, input_ids, batch):
+    """Returns the U-Net's conditioning (2B, ...), for the winners and the losers, of token ids (B, L)."""
+    text_encoder = text_encoders[0]
+    embeds = text_encoder(to_device(input_ids[0], text_encoder.device))[0]
     return {"encoder_hidden_states": torch.cat([embeds, embeds])}
 
 
@@ -447,7 +466,7 @@ def main(argv=None):
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
         noise_scheduler = load_noise_scheduler(args)
-        min_timestep, max_timestep = timestep_band(args, noise_scheduler)
+        training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
         if checkpoint:
             check_resumed_run(checkpoint, len(pairs), options, FREE_ON_RESUME)
@@ -456,7 +475,6 @@ def main(argv=None):
             args.random_crop, args.random_flip, args.proportion_empty_prompts,
         )  # fmt: skip
         train_dataset[0, 0]  # finds out before the models load whether there is a readable pair
-        sampler = load_sampler(args) if args.validation_prompts else None
         repo_id = None
         if args.push_to_hub:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
@@ -483,13 +501,13 @@ def main(argv=None):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     try:
-        tokenizer, text_encoder, vae, unet = load_models(args, weight_dtype)
+        tokenizers, text_encoders, vae, unet = load_models(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
         model = args.pretrained_model_name_or_path
         error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
-    for module in (text_encoder, vae, unet):
+    for module in (*text_encoders, vae, unet):
         module.to(accelerator.device)
-    lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank)
+    lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -505,7 +523,7 @@ def main(argv=None):
             len(pairs), args.train_batch_size, args.seed, visit,
             accelerator.process_index, accelerator.num_processes,
         ),
-        collate_fn=partial(collate, tokenizer=tokenizer),
+        collate_fn=partial(collate, tokenizers=tokenizers),
         worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -539,12 +557,12 @@ def main(argv=None):
         with accelerator.autocast():
             return predict_noise(model, x_t, timesteps, cond, alphas_cumprod_on_device, prediction_type, weight_dtype)
 
-    def predict_guided(x_t, timesteps, cond):
+    def predict_guided(x_t, timesteps, cond, empty_cond):
         """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
         scale = args.inversion_guidance_scale
         if scale == 1:
             return predict(base, x_t, timesteps, cond)
-        cond = map_condition(lambda x, empty: torch.cat([x, empty[:1].expand_as(x)]), cond, empty_cond)
+        cond = map_condition(lambda x, empty: torch.cat([x, empty]), cond, empty_cond)
         noise, unconditional = predict(base, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond).chunk(2)
         return unconditional + scale * (noise - unconditional)
 
@@ -554,11 +572,11 @@ def main(argv=None):
         cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
         return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
 
-    if args.inversion_guidance_scale > 1:
-        empty_cond = encode_prompts(text_encoder, tokenize(tokenizer, [""]))
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
     metrics, known = (checkpoint.metrics, checkpoint.bad_rows) if checkpoint else ([], {})
-    bad_rows = BadRowLog(lambda line: logger.warning(line, main_process_only=False), known)
+    warn_of_row = partial(logger.warning, main_process_only=False)
+    bad_rows = RowLog(warn_of_row, "is skipped", known)
+    long_captions = RowLog(warn_of_row, "has its caption cut", {})
     validation = None
     if args.validation_prompts and accelerator.is_main_process:
         sampling = {
@@ -566,14 +584,14 @@ def main(argv=None):
             "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
         }  # fmt: skip
         validation = Validation(
-            make_pipeline(tokenizer, text_encoder, vae, base, sampler), Path(args.output_dir) / VALIDATION_DIR,
+            make_pipeline(args, tokenizers, text_encoders, vae, base), Path(args.output_dir) / VALIDATION_DIR,
             args.validation_prompts, args.num_validation_images, args.seed, sampling, accelerator.autocast,
             logger.warning,
         )  # fmt: skip
     data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
     logger.info(
         f"{data}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
-        f"{num_targets} timesteps a pair in {min_timestep}..{max_timestep}; "
+        f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
     progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
@@ -581,13 +599,22 @@ def main(argv=None):
     good_steps = bad_steps = bad_steps_in_a_row = 0
     means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
 
+    usable_rows = []
     for batch in dataloader if step < max_train_steps else []:
         bad_rows.add(batch["bad_rows"])
+        long_captions.add(batch["cut_captions"])
         with accelerator.accumulate(policy):
             # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
             latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
-            cond = encode_prompts(text_encoder, batch["input_ids"])
-            timesteps = sample_timesteps(batch["uniforms"], min_timestep, max_timestep).repeat(1, 2)
+            usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
+            usable_rows.append((batch["rows"], usable))
+            latents = latents.where(usable[:, None, None, None], 0.0)
+            cond = encode_prompts(text_encoders, batch["input_ids"], batch)
+            empty_cond = None
+            if args.inversion_guidance_scale > 1:
+                empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
+            index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
+            timesteps = training_timesteps[index].repeat(1, 2)
 
             # 2  Invert with the reference; the baseline takes forward noise instead
             if args.objective == "diffusion_dpo":
@@ -600,7 +627,7 @@ def main(argv=None):
                 by_reference = args.inversion_model == "reference"
                 with reference_policy(base) if by_reference else contextlib.nullcontext():
                     trajectory = invert(
-                        lambda x_t, timesteps, cond=cond: predict_guided(x_t, timesteps, cond),
+                        partial(predict_guided, cond=cond, empty_cond=empty_cond),
                         latents, timesteps, alphas_cumprod, inversion_steps(args),
                         order=args.inversion_order, spacing=args.inversion_spacing,
                         predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
@@ -611,11 +638,12 @@ def main(argv=None):
             if reference_noise is None:
                 with torch.no_grad(), reference_policy(base):
                     reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
-            reference_error = prediction_error(reference_noise, trajectory.noise)
+            reference_error = prediction_error(reference_noise, trajectory.noise).where(usable, 0.0)
 
             # 4  Errors of the policy at the same states, chunk by chunk, and the loss
-            def policy_error(chunk, trajectory=trajectory, cond=cond):
-                return prediction_error(predict_targets(policy, trajectory, chunk, cond), trajectory.noise[chunk])
+            def policy_error(chunk, trajectory=trajectory, cond=cond, usable=usable):
+                noise = predict_targets(policy, trajectory, chunk, cond)
+                return prediction_error(noise, trajectory.noise[chunk]).where(usable, 0.0)
 
             def loss_of(policy_error, reference_error=reference_error):
                 means.add(policy_error=policy_error, reference_error=reference_error)
@@ -637,8 +665,14 @@ def main(argv=None):
             # Once per update: clip, look at the metrics, step
             means.add(grad_norm=accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm))
             means.add(stop=torch.tensor(stop.received > 0, device=accelerator.device))
+            means.add(usable=torch.cat([usable for _, usable in usable_rows]))
             logs = means.pop(accelerator)
             is_stopping = logs.pop("stop") > 0
+            if logs.pop("usable") < 1:
+                for names, usable in usable_rows:
+                    lost = [name for name, is_usable in zip(names, usable.tolist(), strict=False) if not is_usable]
+                    bad_rows.add([(name, "its latents are not finite, the VAE overflows") for name in lost])
+            usable_rows.clear()
             is_bad = not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
             if not is_bad or accelerator.scaler is not None:  # a loss scaler skips by itself, and must see it to adapt
                 optimizer.step()
@@ -681,7 +715,9 @@ def main(argv=None):
     is_unfinished, push_failed = is_stopping and step < max_train_steps, False
     all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
     if all_bad_rows:
-        logger.warning(f"{len(all_bad_rows)} unreadable rows were skipped")
+        logger.warning(f"{len(all_bad_rows)} rows were skipped")
+    if long_captions.reasons:
+        logger.warning(f"{len(long_captions.reasons)} captions were longer than what is read", main_process_only=False)
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
     if is_unfinished:
@@ -697,7 +733,7 @@ def main(argv=None):
             "pairs_per_update": visits_per_update,
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
-            "data": {**pairs.counts(), "unreadable rows skipped": len(all_bad_rows)},
+            "data": {**pairs.counts(), "rows skipped": len(all_bad_rows)},
             "metrics": final_metrics(metrics),
             "versions": versions(),
             "options": options,

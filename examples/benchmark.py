@@ -84,7 +84,8 @@ def build_models(args, weight_dtype):
                 ),
                 UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
             )  # fmt: skip
-    return [tokenizer, *(module.requires_grad_(False).eval().to(weight_dtype) for module in modules)]
+    text_encoder, vae, unet = (module.requires_grad_(False).eval().to(weight_dtype) for module in modules)
+    return [tokenizer], [text_encoder], vae, unet
 
 
 def write_pairs(folder, resolution):

@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 
 from inversion_utils import (
     BadRow,
-    BadRowLog,
     LabelledPairs,
     PreferenceDataset,
+    RowLog,
     VisitBatches,
     decode_image,
     forward_noise,
@@ -149,7 +149,7 @@ def test_damaged_bytes_are_bad_rows_or_images(tmp_path):
 
 def test_pixels_are_scaled_and_the_shorter_side_fits():
     image = PILImage.new("RGB", (40, 20), (255, 0, 0))
-    pixels = resize_and_crop(image, 16, (0.5, 0.5), flip=False)
+    pixels = resize_and_crop(image, 16, (0.5, 0.5), flip=False).pixels
     assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
     assert (pixels[0] == 1).all() and (pixels[1:] == -1).all()
 
@@ -157,10 +157,21 @@ def test_pixels_are_scaled_and_the_shorter_side_fits():
 @pytest.mark.parametrize(("left", "expected"), [(0.0, 0), (0.5, 8), (1.0, 16)])
 def test_crop_and_flip_are_relative(left, expected):
     ramp = np.tile(np.arange(32, dtype=np.uint8)[None, :, None], (16, 1, 3))
-    pixels = resize_and_crop(PILImage.fromarray(ramp), 16, (0.0, left), flip=False)
-    mirrored = resize_and_crop(PILImage.fromarray(ramp), 16, (0.0, left), flip=True)
-    assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(expected, expected + 16.0), atol=1e-4)
-    assert torch.equal(mirrored, pixels.flip(-1))
+    view = resize_and_crop(PILImage.fromarray(ramp), 16, (0.0, left), flip=False)
+    mirrored = resize_and_crop(PILImage.fromarray(ramp[:, ::-1]), 16, (0.0, left), flip=True)
+    assert torch.allclose((view.pixels[0, 0] + 1) * 127.5, torch.arange(expected, expected + 16.0), atol=1e-4)
+    assert torch.equal(mirrored.pixels, view.pixels)
+    assert view.corner == mirrored.corner == (0, expected)
+
+
+def test_views_tell_the_original_size_and_the_corner_in_resized_pixels():
+    """As SDXL's micro-conditioning wants them: (height, width) before resizing, (top, left) after it."""
+    tall = resize_and_crop(PILImage.new("RGB", (100, 300)), 64, (1.0, 0.5), flip=False)
+    assert tall.original_size == (300, 100) and tall.corner == (192 - 64, 0)
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    turned = encode(PILImage.new("RGB", (100, 300)), "JPEG", exif=exif)
+    assert resize_and_crop(decode_image(turned), 64, (0.5, 0.5), flip=False).original_size == (100, 300)
 
 
 def test_winner_and_loser_are_cut_alike_and_visits_are_not():
@@ -203,10 +214,10 @@ def test_a_bad_row_is_replaced_within_its_visit():
 
 def test_bad_rows_are_named_once_and_counted():
     lines = []
-    log = BadRowLog(lines.append, {}, named=2)
+    log = RowLog(lines.append, "is skipped", {}, named=2)
     log.add([("row 1", "why"), ("row 1", "why")])
     log.add([("row 2", "why"), ("row 3", "why")])
-    assert len(log) == 3 and len(lines) == 2 and "row 1" in lines[0] and "row 2" in lines[1]
+    assert len(log.reasons) == 3 and len(lines) == 2 and "row 1" in lines[0] and "row 2" in lines[1]
 
 
 def first(batches, count):

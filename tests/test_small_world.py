@@ -139,7 +139,7 @@ def test_the_first_update_lowers_the_winners_error_and_raises_the_losers(train, 
     output_dir = train(**options)
     argv = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     args, _ = train_inversion_dpo.parse_args([*argv, "--output_dir", "unused"])
-    tokenizer, text_encoder, vae, unet = train_inversion_dpo.load_models(args, torch.float32)
+    tokenizers, text_encoders, vae, unet = train_inversion_dpo.load_models(args, torch.float32)
     noise_scheduler = train_inversion_dpo.load_noise_scheduler(args)
     abar, num_targets = noise_scheduler.alphas_cumprod, train_inversion_dpo.timesteps_per_pair(args)
     add_lora(unet, args.rank, args.rank)
@@ -148,9 +148,9 @@ def test_the_first_update_lowers_the_winners_error_and_raises_the_losers(train, 
     pairs = train_inversion_dpo.load_pairs(args)
     dataset = PreferenceDataset(pairs, 64, num_targets, 0, False, False, 0.0)
     examples = [dataset[item] for item in next(iter(VisitBatches(len(pairs), 16, 0)))]
-    batch = train_inversion_dpo.collate(examples, tokenizer)
+    batch = train_inversion_dpo.collate(examples, tokenizers)
     latents = encode_images(vae, batch["pixel_values"], 8)
-    cond = train_inversion_dpo.encode_prompts(text_encoder, batch["input_ids"])
+    cond = train_inversion_dpo.encode_prompts(text_encoders, batch["input_ids"], batch)
     timesteps = sample_timesteps(batch["uniforms"], 0, 999).repeat(1, 2)
 
     def predict(x_t, t):

@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -61,18 +63,19 @@ def test_base_weights_stay_bit_identical(train, tiny_model, monkeypatch):
     loaded = []
 
     def load_models(*args):
-        loaded.extend(original(*args))
-        return loaded
+        tokenizers, text_encoders, vae, unet = original(*args)
+        loaded.extend([*text_encoders, vae, unet])
+        return tokenizers, text_encoders, vae, unet
 
     original = train_inversion_dpo.load_models
     monkeypatch.setattr(train_inversion_dpo, "load_models", load_models)
     train(learning_rate=1e-2)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    for trained, untouched in zip(loaded[1:], (pipe.text_encoder, pipe.vae, pipe.unet), strict=True):
+    for trained, untouched in zip(loaded, (pipe.text_encoder, pipe.vae, pipe.unet), strict=True):
         weights = {key.replace(".base_layer", ""): value for key, value in trained.state_dict().items()}
         for key, value in untouched.state_dict().items():
             assert torch.equal(weights[key], value), key
-    assert any("lora_B" in key and value.any() for key, value in loaded[3].state_dict().items())
+    assert any("lora_B" in key and value.any() for key, value in loaded[2].state_dict().items())
 
 
 @pytest.mark.parametrize("objective", ["inversion_dpo", "inpo"])
@@ -375,7 +378,7 @@ def test_broken_rows_are_replaced_counted_and_named(train, tmp_path, caplog):
     assert sum("row 2 is skipped" in line and "unreadable image" in line for line in warnings) == 1
     assert sum("row 4 is skipped" in line and "the caption is None" in line for line in warnings) == 1
     assert any("5 pairs, 1 ties left out, 0 rows without a label" in line for line in warnings)
-    assert any("2 unreadable rows were skipped" in line for line in warnings)
+    assert any("2 rows were skipped" in line for line in warnings)
 
 
 def test_an_output_dir_in_use_is_refused_and_kept(train, refused, no_models, tmp_path):
@@ -412,9 +415,9 @@ def test_resuming_with_another_batch_goes_on_at_the_next_visit(train, monkeypatc
     visits = []
     original = train_inversion_dpo.collate
 
-    def collate(examples, tokenizer):
+    def collate(examples, tokenizers):
         visits.append([example["visit"] for example in examples])
-        return original(examples, tokenizer)
+        return original(examples, tokenizers)
 
     monkeypatch.setattr(train_inversion_dpo, "collate", collate)
     train(max_train_steps=3, checkpointing_steps=3, train_batch_size=2)
@@ -519,3 +522,64 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tiny_model, pairs_dir, t
     assert "SIGTERM: stopping after this update" in rest and "--resume_from_checkpoint latest" in rest
     assert len(list((tmp_path / "run").glob("checkpoint-*/training_state.json"))) == 1
     assert not (tmp_path / "run" / LORA_FILE).exists()
+
+
+def test_training_at_a_subset_of_timesteps(train, timesteps_seen):
+    """As a distilled model is sampled: no other timestep is a target."""
+    subset = [999, 249, 749, 499]
+    train("one", timesteps_subset=subset, objective="inpo", train_batch_size=8, max_train_steps=2)
+    assert set(torch.cat(timesteps_seen).flatten().tolist()) == set(subset)
+    timesteps_seen.clear()
+    train("all", timesteps_subset=subset, inversion_steps=4, max_train_steps=1)
+    assert all(column.tolist() == sorted(subset) for column in timesteps_seen[0].T)
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"), [(["to_q", "to_v"], 2), ([r".*up_blocks.*\.(to_q|to_k|conv1)"], 3), (["ff.net.2"], 1)]
+)
+def test_lora_target_modules_by_name_and_by_pattern(train, targets, count):
+    weights = lora(train(lora_target_modules=targets, max_train_steps=1))
+    kinds = {re.search(r"(to_\w|conv1|ff\.net\.2)\.lora", key)[1] for key in weights}
+    assert len(kinds) == count
+    if "up_blocks" in targets[0]:
+        assert all("up_blocks" in key for key in weights)
+
+
+def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, monkeypatch, caplog):
+    """The same weights as if the pair were a tie, and its row by name."""
+    original = train_inversion_dpo.encode_images
+    calls = []
+
+    def encode_images(vae, pixel_values, batch_size):
+        latents = original(vae, pixel_values, batch_size)
+        calls.append(len(latents))
+        if len(calls) == 2:
+            latents[1] = float("inf") if spoil else latents[1]  # the winner of the second pair
+        return latents
+
+    monkeypatch.setattr(train_inversion_dpo, "encode_images", encode_images)
+    spoil = True
+    spoilt = train("spoilt", max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
+    names = [record.getMessage() for record in caplog.records if "latents are not finite" in record.getMessage()]
+    order = next(itertools.islice(train_inversion_dpo.VisitBatches(8, 2, 0), 1, 2))
+    assert names == [f"[RANK 0] row {order[1][1]} is skipped: its latents are not finite, the VAE overflows"]
+    spoil = False
+    calls.clear()
+    untouched = train("untouched", max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
+    assert_same(lora(spoilt / "checkpoint-1"), lora(untouched / "checkpoint-1"))
+    weights = lora(spoilt)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert not any(torch.equal(value, lora(spoilt / "checkpoint-1")[key]) for key, value in weights.items())
+    record = json.loads((spoilt / "training_config.json").read_text())
+    assert record["data"]["rows skipped"] == 1 and record["metrics"]["bad_steps"] == 0
+
+
+def test_long_captions_are_cut_counted_and_named(train, tmp_path, caplog):
+    rows = pair_rows(4)
+    rows[1]["caption"] = "a heart " * 9
+    train(train_data_dir=write_parquet(rows, tmp_path / "long"), max_train_steps=4)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == [
+        "[RANK 0] row 1 has its caption cut: 56 tokens, of which 16 are read",
+        "[RANK 0] 1 captions were longer than what is read",
+    ]
