@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import small_world
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 64}  # defaults of options and functions
@@ -42,7 +42,8 @@ def check_options(parser, args, new_file, *counts):
 
 
 def load_pipeline(model):
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    """The pipeline of the folder, of the class that its model_index.json names: Stable Diffusion or SDXL."""
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -54,8 +55,12 @@ def sample_pictures(
     num_inference_steps=SAMPLING["num_inference_steps"],
     guidance_scale=SAMPLING["guidance_scale"],
     batch_size=SAMPLING["batch_size"],
+    **options,
 ):
-    """One picture per caption and seed, uint8 (N, H, W, 3); each depends on its own caption and seed only."""
+    """One picture per caption and seed, uint8 (N, H, W, 3); each depends on its own caption and seed only.
+
+    `options` go to the pipeline, such as SDXL's `original_size`.
+    """
     pictures = []
     for i in range(0, len(captions), batch_size):
         batch = pipeline(
@@ -64,6 +69,7 @@ def sample_pictures(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             output_type="np",
+            **options,
         ).images
         pictures.append(np.round(batch * 255).astype(np.uint8))
     return np.concatenate(pictures)
