@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import small_world
 import torch
-from diffusers import StableDiffusionPipeline
+import train_small_world
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import train_inversion_dpo
@@ -29,6 +30,7 @@ from inversion_utils import (
 )
 
 MODEL = str(Path(train_inversion_dpo.__file__).parent / "examples" / "small_world_model")
+SDXL_MODEL = str(Path(MODEL).with_name("small_world_sdxl_model"))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,87 @@ def test_the_shipped_model_obeys_captions_and_varies_what_they_do_not_say():
     assert np.mean(obeyed) >= 0.95
     spread = {name: np.std([score(p) for p in pictures]) for name, score in small_world.PREFERENCES.items()}
     assert spread["area"] > 0.04 and spread["sharpness"] > 0.04 and spread["tone"] > 0.1, spread
+
+
+@pytest.fixture(scope="module")
+def sdxl_pipeline():
+    pipeline = make_pairs.load_pipeline(SDXL_MODEL)
+    assert isinstance(pipeline, StableDiffusionXLPipeline)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def sdxl_pictures(sdxl_pipeline):
+    """60 pictures at the pipeline's defaults, and their captions."""
+    return evaluate.sample_held_out(sdxl_pipeline, 60)
+
+
+def test_the_shipped_sdxl_model_obeys_captions(sdxl_pictures):
+    obeyed = [small_world.follows_caption(picture, caption) for picture, caption in zip(*sdxl_pictures, strict=True)]
+    assert np.mean(obeyed) >= 0.9 and sdxl_pictures[0].shape[1:] == (64, 64, 3)
+
+
+def test_a_small_original_size_makes_sdxl_pictures_less_sharp(sdxl_pipeline, sdxl_pictures):
+    blurred, _ = evaluate.sample_held_out(sdxl_pipeline, 30, original_size=(28, 28))
+    loss = [
+        small_world.sharpness(sharp) - small_world.sharpness(soft)
+        for sharp, soft in zip(sdxl_pictures[0][:30], blurred, strict=True)
+    ]
+    assert np.mean(loss) > 0.02 and np.mean(np.array(loss) > 0) > 0.8
+
+
+def test_crop_coordinates_shift_what_sdxl_draws(sdxl_pipeline):
+    """A window at the bottom left of a larger picture shows the shape further up and right than one at the top right.
+
+    By how much is not demanded: with so short a training it is about half of the full 16 pixels.
+    """
+
+    def centers(top, left):
+        pictures, _ = evaluate.sample_held_out(
+            sdxl_pipeline, 20, original_size=(80, 80), crops_coords_top_left=(top, left)
+        )
+        return np.array([np.argwhere(small_world.coverage_of(picture)[0] > 0.5).mean(axis=0) for picture in pictures])
+
+    up, right = (centers(16, 0) - centers(0, 16)).mean(axis=0) * (-1, 1)
+    assert up > 4 and right > 4, (up, right)
+
+
+def test_an_sdxl_pipeline_trains_and_samples_as_it_was_trained(tmp_path):
+    output_dir = tmp_path / "model"
+    argv = ["--family", "sdxl", "--output_dir", str(output_dir), "--num_pictures", "30", "--unet_steps", "2",
+            "--unet_batch_size", "4"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        train_small_world.parse_args([*argv, "--vae", str(tmp_path)])
+    train_small_world.main(train_small_world.parse_args([*argv, "--vae", MODEL]))
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(output_dir, local_files_only=True)
+    model = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    tokens = pipeline.tokenizer(["a red circle", ""], padding="max_length", return_tensors="pt").input_ids
+    time_ids = pipeline._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.int64, 48)
+    with torch.no_grad():
+        cond = train_small_world.encode_captions(model, tokens, torch.tensor([0, 1]), time_ids)
+        hidden, empty_hidden, pooled, empty_pooled = pipeline.encode_prompt("a red circle")
+    torch.testing.assert_close(cond["encoder_hidden_states"], torch.cat([hidden, empty_hidden]))
+    torch.testing.assert_close(cond["added_cond_kwargs"]["text_embeds"], torch.cat([pooled, empty_pooled]))
+    assert time_ids.tolist() == [list(train_small_world.WHOLE)]
+
+
+def test_cropping_and_blurring_are_told_to_sdxl():
+    """A picture of 0..63 from the top left: its corner and its contrast say what was done to it."""
+    ramp = torch.arange(64, dtype=torch.uint8)
+    picture = torch.stack([ramp.view(-1, 1).expand(64, 64), ramp.expand(64, 64), (ramp % 2 * 255).expand(64, 64)], -1)
+    pictures, time_ids = train_small_world.crop_and_blur(picture.expand(200, -1, -1, -1), seed=0)
+    height, width, top, left, *target = time_ids.T
+    is_whole = (time_ids == torch.tensor(train_small_world.WHOLE)).all(dim=1)
+    assert 0.25 < is_whole.float().mean() < 0.45 and (pictures[is_whole] == picture).all()
+    assert 0.2 < (height < 64).float().mean() < 0.4 and 0.4 < (top + left > 0).float().mean() < 0.6
+    assert torch.equal(height, width) and all((side == 64).all() for side in target)
+    corner = pictures[:, 0, 0, :2]  # enlarged to 80, the corner at (16, 16) shows 16 * 64 / 80
+    for offset, value in ((top, corner[:, 0]), (left, corner[:, 1])):
+        is_cropped = offset > 8
+        assert torch.corrcoef(torch.stack([offset[is_cropped].float(), value[is_cropped].float()]))[0, 1] > 0.9
+    contrast = pictures[..., 2].float().std(dim=(1, 2))
+    assert contrast[height < 50].max() < contrast[is_whole].min() / 2
 
 
 def test_win_rates_and_intervals_worked_by_hand():
