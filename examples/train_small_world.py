@@ -23,6 +23,8 @@ its measured seconds per step it takes about half an hour on two cores.
 
 Those in `examples/small_world_sdxl_model` were made by exactly the second command above, but for the folder's name, in
 35 minutes on one core of a busy machine (0.65 seconds per step, 27 minutes, where it was undisturbed).
+They follow sizes and crops in the right direction, but less far than the training pictures go: sharpness falls from
+0.277 to 0.242 at `original_size=(28, 28)` (96 held-out samples), where it falls from 0.365 to about 0.21 in training.
 """
 
 import argparse
