@@ -38,12 +38,16 @@ import train_inversion_dpo
 MODEL = Path(estimate_memory.__file__).parent / "small_world_model"
 CONFIG = {name: value for name, value in make_unet().config.items() if not name.startswith("_")}
 SMALL = FAMILIES["sd15"]._replace(unet=CONFIG)
+TINY = SMALL._replace(  # goes through more quickly
+    unet=CONFIG
+    | {"block_out_channels": (32,), "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["UpBlock2D"]}
+)
 RESOLUTION, LATENTS = 64, 2
 
 
-def build_real(checkpointing=False, weight_dtype=torch.float32):
+def build_real(family, checkpointing=False, weight_dtype=torch.float32):
     torch.manual_seed(0)
-    unet = materialize(build_unet(SMALL, 4, weight_dtype), "cpu")
+    unet = materialize(build_unet(family, 4, weight_dtype), "cpu")
     set_checkpointing(unet, checkpointing)
     for part in unet.modules():
         if hasattr(part, "reset_parameters"):
@@ -51,15 +55,16 @@ def build_real(checkpointing=False, weight_dtype=torch.float32):
     return unet
 
 
-@cache
-def fake_policy_memory(num_latents=LATENTS, checkpointing=False, weight_dtype=torch.float32):
-    return fake_memory_of(build_unet(SMALL, 4, weight_dtype), num_latents, checkpointing, weight_dtype)
-
-
-def fake_memory_of(unet, num_latents, checkpointing, weight_dtype):
+def fake_memory(family, num_latents=LATENTS, checkpointing=False, weight_dtype=torch.float32):
+    unet = build_unet(family, 4, weight_dtype)
     set_checkpointing(unet, checkpointing)
     with FakeTensorMode():
         return policy_memory(materialize(unet, "cpu"), num_latents, RESOLUTION, weight_dtype)
+
+
+@cache
+def tiny_memory(num_latents=LATENTS, checkpointing=False):
+    return fake_memory(TINY, num_latents, checkpointing)
 
 
 @pytest.mark.parametrize(
@@ -112,11 +117,19 @@ def test_live_bytes_worked_by_hand():
     assert memory.peak == 8000
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fake_tensors_need_the_same_bytes_as_real_ones(checkpointing, weight_dtype):
-    real = policy_memory(build_real(checkpointing, weight_dtype), LATENTS, RESOLUTION, weight_dtype)
-    assert fake_policy_memory(checkpointing=checkpointing, weight_dtype=weight_dtype) == real
+@pytest.mark.parametrize(
+    "family, checkpointing, weight_dtype",
+    [
+        (SMALL, True, torch.float32),
+        (SMALL, False, torch.bfloat16),
+        (TINY, False, torch.float32),
+        (TINY, True, torch.bfloat16),
+    ],
+    ids=["float32-checkpointing", "bfloat16", "tiny-float32", "tiny-bfloat16-checkpointing"],
+)
+def test_fake_tensors_need_the_same_bytes_as_real_ones(family, checkpointing, weight_dtype):
+    real = policy_memory(build_real(family, checkpointing, weight_dtype), LATENTS, RESOLUTION, weight_dtype)
+    assert fake_memory(family, LATENTS, checkpointing, weight_dtype) == real
     assert 0 < real[0] < real[1]
 
 
@@ -136,9 +149,9 @@ def test_norms_under_autocast_are_followed_as_cuda_has_them(monkeypatch):
             assert F.layer_norm(x, (2,)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert F.group_norm(x, 2, weight).dtype == torch.bfloat16  # restored
-    as_on_cuda = fake_policy_memory(weight_dtype=torch.bfloat16)[0]
+    as_on_cuda = fake_memory(TINY, weight_dtype=torch.bfloat16)[0]
     monkeypatch.setattr(estimate_memory.mock.patch, "multiple", lambda *args, **kwargs: contextlib.nullcontext())
-    assert fake_policy_memory.__wrapped__(weight_dtype=torch.bfloat16)[0] < 0.9 * as_on_cuda  # as on a CPU
+    assert fake_memory(TINY, weight_dtype=torch.bfloat16)[0] < 0.9 * as_on_cuda  # as on a CPU
 
 
 def test_attention_keeps_what_efficient_kernels_keep():
@@ -158,17 +171,17 @@ def test_attention_keeps_what_efficient_kernels_keep():
 
 def test_checkpointing_and_smaller_chunks_need_less():
     for index in (0, 1):  # kept, and the peak
-        assert 2 * fake_policy_memory(checkpointing=True)[index] < fake_policy_memory()[index]
+        assert 1.5 * tiny_memory(checkpointing=True)[index] < tiny_memory()[index]
         for checkpointing in (False, True):
-            chunk_1, chunk_4 = (fake_policy_memory(n, checkpointing=checkpointing)[index] for n in (2, 8))
+            chunk_1, chunk_4 = (tiny_memory(n, checkpointing=checkpointing)[index] for n in (2, 8))
             assert 3 * chunk_1 < chunk_4 <= 4 * chunk_1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_kept_lies_on_the_line_and_the_peak_not_above(checkpointing):
-    kept, peak = fake_policy_memory(4, checkpointing=checkpointing)
-    line = along_a_line(lambda n: fake_policy_memory(n, checkpointing=checkpointing), [2, 4, 8])
-    assert line[2] == fake_policy_memory(2, checkpointing=checkpointing)
+    kept, peak = tiny_memory(4, checkpointing=checkpointing)
+    line = along_a_line(lambda n: tiny_memory(n, checkpointing=checkpointing), [2, 4, 8])
+    assert line[2] == tiny_memory(2, checkpointing=checkpointing)
     assert line[4][0] == pytest.approx(kept, rel=1e-4)
     assert peak <= line[4][1] < 1.02 * peak
 
@@ -181,18 +194,20 @@ def test_the_smallest_card_worked_by_hand():
 def test_sdxl_conditioning_reaches_its_unet():
     """A small U-Net of SDXL's kind goes through forward and backward."""
     config = FAMILIES["sdxl"].unet | {
-        "block_out_channels": (32, 32, 32), "attention_head_dim": (2, 2, 2), "transformer_layers_per_block": (1, 1, 1)
+        "block_out_channels": (32, 32), "attention_head_dim": (2, 2), "transformer_layers_per_block": (1, 1),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1,
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
     }  # fmt: skip
     family = FAMILIES["sdxl"]._replace(unet=config)
-    kept, peak = fake_memory_of(build_unet(family, 4, torch.bfloat16), 2, True, torch.bfloat16)
+    kept, peak = fake_memory(family, 2, True, torch.bfloat16)
     assert 0 < kept < peak
 
 
 def test_a_step_needs_what_the_estimate_says():
     """Within 10 %: the policy's peak, gradients and the optimizer's states, in real steps that change the LoRA."""
-    unet = build_real()
+    unet = build_real(TINY)
     lora = sum(parameter.nbytes for parameter in trainable(unet))
-    _, policy = fake_policy_memory(2)
+    _, policy = tiny_memory(2)
     before = [parameter.clone() for parameter in trainable(unet)]
     with LiveBytes() as memory:
         _, seconds = train_steps(unet, 1, 1, RESOLUTION, torch.float32, torch.device("cpu"), num_steps=2)
@@ -200,8 +215,7 @@ def test_a_step_needs_what_the_estimate_says():
     assert any(not torch.equal(*pair) for pair in zip(before, trainable(unet), strict=True))
 
 
-@pytest.mark.parametrize("chunk, checkpointing", [(1, False), (4, True)])
-def test_the_training_script_needs_what_the_estimate_says(train, monkeypatch, chunk, checkpointing):
+def test_the_training_script_needs_what_the_estimate_says(train, monkeypatch):
     """On the shipped model: encoding to the byte but for the pixels, which lie on the CPU, the policy within 10 %."""
     peaks = {}
 
@@ -220,36 +234,36 @@ def test_the_training_script_needs_what_the_estimate_says(train, monkeypatch, ch
     follow("backward_in_chunks")
     train(
         pretrained_model_name_or_path=MODEL, resolution=RESOLUTION, train_batch_size=1, max_train_steps=1,
-        trajectory_chunk=chunk, gradient_checkpointing=checkpointing or None, mixed_precision="no",
+        trajectory_chunk=1, gradient_checkpointing=True, mixed_precision="no",
     )  # fmt: skip
     with FakeTensorMode():
         encode = encode_memory(make_vae(), 2, RESOLUTION, 8)
     assert peaks["encode_images"] == encode - 2 * 3 * RESOLUTION**2 * 4
-    _, policy = fake_policy_memory(2 * chunk, checkpointing=checkpointing)
+    _, policy = fake_memory(SMALL, 2, True)
     assert peaks["backward_in_chunks"] == pytest.approx(policy, rel=0.1)
 
 
 @pytest.fixture
-def small_family(monkeypatch):
-    """The small U-Net, with a VAE as small, where families are looked up."""
-    monkeypatch.setitem(FAMILIES, "small", SMALL)
+def tiny_family(monkeypatch):
+    """The tiny U-Net, with a VAE as small, where families are looked up."""
+    monkeypatch.setitem(FAMILIES, "tiny", TINY)
     for name in ("block_out_channels", "layers_per_block", "norm_num_groups"):
         monkeypatch.setitem(VAE, name, make_vae().config[name])
-    return SMALL
+    return TINY
 
 
-def test_the_sum_is_the_parts_and_the_larger_of_policy_and_encode(small_family):
-    parts, rows = estimate(small_family, [64], [1, 2], [1], 4, torch.float32)
-    assert len(rows) == 4 and {row["checkpointing"] for row in rows} == {False, True}
+def test_the_sum_is_the_parts_and_the_larger_of_policy_and_encode(tiny_family):
+    parts, rows = estimate(tiny_family, [64], [2], [1], 4, torch.float32)
+    assert len(rows) == 2 and {row["checkpointing"] for row in rows} == {False, True}
     resident = sum(size for name, (_, size) in parts.items() if name != "AdamW, 8-bit")
     for row in rows:
         assert row["sum"] - resident == max(row["policy"], row["encode"])
         assert row["fits"] == smallest_card(row["sum"])
 
 
-def test_main_prints_and_writes_the_same_figures(small_family, tmp_path, capsys):
+def test_main_prints_and_writes_the_same_figures(tiny_family, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    options = ["--model", "small", "--resolution", "64", "--train_batch_size", "1", "--output", str(output)]
+    options = ["--model", "tiny", "--resolution", "64", "--train_batch_size", "1", "--output", str(output)]
     estimate_memory.main(estimate_memory.parse_args([*options, "--trajectory_chunk", "1"]))
     figures, lines = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
     assert len(figures["settings"]) == 2 == sum(line.startswith("| 64 | 1 | 1 |") for line in lines)
@@ -269,17 +283,17 @@ def test_batches_double_until_memory_is_out():
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of the resident set from Linux")
-def test_the_gpu_mode_runs_on_a_cpu(small_family, monkeypatch, capsys):
+def test_the_gpu_mode_runs_on_a_cpu(tiny_family, monkeypatch, capsys):
     def limited(unet, batch_size, **options):
         if batch_size > 1:
             raise torch.cuda.OutOfMemoryError("out of memory")
         return train_steps(unet, batch_size, **options, num_steps=1)
 
-    args = estimate_memory.parse_args(["--model", "small", "--resolution", "16", "--rank", "4"])
+    args = estimate_memory.parse_args(["--model", "tiny", "--resolution", "16", "--trajectory_chunk", "2"])
     monkeypatch.setattr(estimate_memory, "train_steps", limited)
-    rows = estimate_memory.train(args, small_family, torch.float32, torch.device("cpu"))
+    rows = estimate_memory.train(args, tiny_family, torch.float32, torch.device("cpu"))
     settings = [(row["checkpointing"], row["chunk"], row["pairs"]) for row in rows]
-    assert settings == [(True, 1, 1), (True, 4, 1), (False, 1, 1), (False, 4, 1)]
+    assert settings == [(True, 2, 1), (False, 2, 1)]
     assert all(row["seconds"] > 0 and 0 < row["estimated"] < row["peak"] for row in rows)  # a process is larger
     assert capsys.readouterr().out.count("| 16 | 1 |") == len(rows)
 
