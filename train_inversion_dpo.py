@@ -17,7 +17,8 @@
 # ///
 """Aligns Stable Diffusion 1.5 / 2.x with preference pairs: a LoRA by inversion-based DPO.
 
-    accelerate launch train_inversion_dpo.py --pretrained_model_name_or_path=... --dataset_name=... --output_dir=...
+    accelerate launch train_inversion_dpo.py \
+        --pretrained_model_name_or_path=... --dataset_name=... --output_dir=...
 
 Each step: 1 encode winner, loser and caption; 2 invert both images with the reference policy (the U-Net without its
 LoRA) to a few timesteps, which yields the noise that belongs to each image; 3 states x_t and targets tau; 4 the

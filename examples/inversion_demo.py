@@ -227,7 +227,7 @@ def main(argv=None):
 
     pipeline = load_pipeline(args.model)
     predict = noise_predictor(pipeline, noise_scheduler, args.prompt, resolution)
-    pixels = resize_and_crop(image, resolution, (0.5, 0.5), flip=False)
+    pixels = resize_and_crop(image, resolution, (0.5, 0.5), flip=False).pixels
     latents = encode_images(pipeline.vae, pixels[None], batch_size=1)
     timesteps = torch.tensor([timestep])
     trajectory = invert(predict, latents, timesteps, alphas_cumprod, args.num_steps)

@@ -14,9 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import train_inversion_dpo
 
@@ -25,12 +31,13 @@ torch.set_num_threads(1)
 CAPTIONS = ["a red circle", "a blue square", "a green heart", "a yellow star"]
 
 
-def build_pipeline(**scheduler_options):
+def build_parts(**scheduler_options):
+    """The parts that tiny SD and SDXL pipelines share, and the arguments of their text encoders and U-Net."""
     torch.manual_seed(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
-    text_config = CLIPTextConfig(
+    text_config = dict(
         vocab_size=len(tokens), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=len(tokens) - 2, eos_token_id=len(tokens) - 1,
     )  # fmt: skip
@@ -38,8 +45,8 @@ def build_pipeline(**scheduler_options):
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=4, scaling_factor=1.0,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+    unet_config = dict(
+        sample_size=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
@@ -47,9 +54,28 @@ def build_pipeline(**scheduler_options):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, **scheduler_options,
     )  # fmt: skip
+    return {"tokenizer": tokenizer, "vae": vae, "scheduler": scheduler}, text_config, unet_config
+
+
+def build_pipeline(**scheduler_options):
+    parts, text_config, unet_config = build_parts(**scheduler_options)
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        **parts, unet=UNet2DConditionModel(**unet_config, cross_attention_dim=16),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text_config)),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def build_sdxl_pipeline(**scheduler_options):
+    parts, text_config, unet_config = build_parts(**scheduler_options)
+    unet = UNet2DConditionModel(
+        **unet_config, cross_attention_dim=16 + 24, use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=12 + 6 * 8,
+    )  # fmt: skip
+    second = CLIPTextConfig(**{**text_config, "hidden_size": 24, "projection_dim": 12})
+    return StableDiffusionXLPipeline(
+        **parts, tokenizer_2=parts["tokenizer"], unet=unet, text_encoder=CLIPTextModel(CLIPTextConfig(**text_config)),
+        text_encoder_2=CLIPTextModelWithProjection(second), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -105,7 +131,13 @@ def pairs_dir(tmp_path_factory):
 
 
 @pytest.fixture
-def train(tiny_model, pairs_dir, tmp_path):
+def script():
+    """The training script under test; the SDXL script's tests replace it, and `tiny_model`."""
+    return train_inversion_dpo
+
+
+@pytest.fixture
+def train(script, tiny_model, pairs_dir, tmp_path):
     """Runs the script's main with small settings and returns --output_dir; options by keyword, flags as True."""
 
     def run(output="run", **options):
@@ -121,7 +153,7 @@ def train(tiny_model, pairs_dir, tmp_path):
                 argv += [f"--{name}", *map(str, values)]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        train_inversion_dpo.main(argv)
+        script.main(argv)
         return output_dir
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -147,7 +179,7 @@ def refused(train, capsys):
 
 
 @pytest.fixture
-def loss_scaling(monkeypatch):
+def loss_scaling(script, monkeypatch):
     """Gives fp16 on the CPU what accelerate gives it only on a GPU: autocast and a loss scaler; returns scalers."""
     scalers = []
 
@@ -157,18 +189,18 @@ def loss_scaling(monkeypatch):
         scalers.append(accelerator.scaler)
         return accelerator
 
-    monkeypatch.setattr(train_inversion_dpo, "Accelerator", accelerator)
+    monkeypatch.setattr(script, "Accelerator", accelerator)
     return scalers
 
 
 @pytest.fixture
-def no_models(monkeypatch):
+def no_models(script, monkeypatch):
     """Makes loading any weights a failure."""
 
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(train_inversion_dpo, "load_models", load)
+    monkeypatch.setattr(script, "load_models", load)
 
 
 def write_json(path, **changes):

@@ -1,0 +1,803 @@
+#!/usr/bin/env python
+# /// script
+# dependencies = [
+#     "torch>=2.13.0",
+#     "diffusers>=0.42.0",
+#     "transformers>=5.23.0",
+#     "accelerate>=1.15.0",
+#     "peft>=0.21.0",
+#     "datasets>=5.2.0",
+#     "safetensors>=0.8.0",
+#     "numpy>=2.0",
+#     "pillow>=11.0",
+#     "matplotlib>=3.10",
+#     "huggingface_hub>=2.4",
+#     "tensorboard>=2.20",
+# ]
+# ///
+"""Aligns Stable Diffusion XL with preference pairs: a LoRA by inversion-based DPO.
+
+    accelerate launch train_inversion_dpo_sdxl.py \
+        --pretrained_model_name_or_path=... --dataset_name=... --output_dir=...
+
+Each step: 1 encode winner, loser and caption; 2 invert both images with the reference policy (the U-Net without its
+LoRA) to a few timesteps, which yields the noise that belongs to each image; 3 states x_t and targets tau; 4 the
+policy's and the reference's errors, and the DPO loss on them.
+
+Against the papers: 1 the target is the noise implied by the image, not the reference's prediction (with which a LoRA
+never starts to move); 2 the latent is inverted to exactly the timestep it is trained at; 3 a LoRA is trained, not the
+whole U-Net. README.md explains each. Needs `inversion_utils.py` beside it, nothing else.
+
+The twin of `train_inversion_dpo.py`: two text encoders, SDXL's micro-conditioning, and a VAE in float32 make all the
+difference.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xformers_available
+from diffusers.utils.torch_utils import is_compiled_module
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from inversion_utils import (
+    LORA_TARGETS,
+    LOSS_TYPES,
+    PREDICTION_TYPES,
+    VALIDATION_DIR,
+    Checkpoint,
+    LabelledPairs,
+    PreferenceDataset,
+    RowLog,
+    RunningMeans,
+    StopSignal,
+    Trajectory,
+    Validation,
+    VisitBatches,
+    add_lora,
+    add_noise,
+    backward_in_chunks,
+    check_lora_targets,
+    check_output_dir,
+    check_resumed_run,
+    command_line,
+    create_hub_repo,
+    cut_captions,
+    encode_images,
+    final_metrics,
+    find_checkpoint,
+    finite_pairs,
+    forward_noise,
+    invert,
+    is_zero_lora,
+    leave_signals_to_the_main_process,
+    load_rows,
+    log_pictures,
+    map_condition,
+    noise_from_model_output,
+    number,
+    one_line,
+    prediction_error,
+    preference_loss,
+    push_to_hub,
+    reference_policy,
+    register_lora_checkpointing,
+    sample_timesteps,
+    save_checkpoint,
+    save_lora,
+    to_device,
+    tokenize,
+    versions,
+    write_results,
+)
+
+check_min_version("0.42.0")
+logger = get_logger(__name__)
+
+PIPELINE_CLASS = StableDiffusionXLPipeline
+LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
+# Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
+# model and data are, which may have moved.
+FREE_ON_RESUME = set(
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
+    "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
+    "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
+    "allow_tf32 dataloader_num_workers max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir "
+    "report_to validation_prompts validation_steps num_validation_images validation_inference_steps "
+    "validation_guidance_scale push_to_hub hub_model_id hub_private_repo".split()
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Align Stable Diffusion XL with preference pairs by inversion-based DPO.",
+        usage="%(prog)s --pretrained_model_name_or_path M --dataset_name D --output_dir O [options, see --help]",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    count, natural, positive = number(int, least=1), number(int, least=0), number(float, above=0)
+    fraction = number(float, least=0, below=1)
+
+    # fmt: off
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", required=True,
+        help="model to align: a Hub id or a folder in diffusers' layout")
+    add("--pretrained_vae_model_name_or_path", help="another VAE than the model's own")
+    add("--revision", help="revision of the model on the Hub")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--cache_dir", help="where downloads are kept")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--dataset_name", help="preference pairs: whatever datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split_name", default="train", help="split to train on")
+    add("--train_data_dir", help="instead of a name: a folder of parquet files, or one written by save_to_disk")
+    add("--image_0_column", default="jpg_0", help="column of the first image: encoded bytes or images")
+    add("--image_1_column", default="jpg_1", help="column of the second image")
+    add("--label_column", default="label_0",
+        help="column that is 1 where image 0 won, 0 where image 1 won, 0.5 for a tie")
+    add("--caption_column", default="caption", help="column of the caption")
+    add("--max_train_samples", type=count, help="train on the first so many pairs only")
+    add("--resolution", type=int, default=1024, help="pixels of a side; higher is slower and takes more memory")
+    add("--random_crop", action="store_true", help="crop at random, winner and loser alike, instead of at the centre")
+    add("--random_flip", action="store_true", help="mirror half of the pairs, winner and loser alike")
+    add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions emptied; the papers use 0.2")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that load images; 0: the main one")
+
+    group = parser.add_argument_group("objective and inversion")
+    add = group.add_argument
+    add("--objective", choices=["inversion_dpo", "inpo", "diffusion_dpo"], default="inversion_dpo",
+        help="what is compared: the mean over an inversion trajectory, single inverted states, or plain forward noise")
+    add("--timesteps_per_pair", type=count,
+        help="targets per pair; more: steadier and slower (4 for inversion_dpo, else 1)")
+    add("--min_timestep", type=natural, default=0, help="lowest training timestep")
+    add("--max_timestep", type=natural,
+        help="highest training timestep; a band of high ones learns layout faster, not detail")
+    add("--timesteps_subset", type=natural, nargs="+",
+        help="instead of a band: train at these only, as a distilled few-step model is sampled at")
+    add("--trajectory_chunk", type=count, default=4,
+        help="timesteps per policy call; less takes less memory, and a second forward where not all fit into one")
+    add("--inversion_steps", type=count, help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4)")
+    add("--inversion_model", choices=["reference", "policy"], default="reference",
+        help="who inverts; the reference's predictions are then also the loss's, the policy costs extra calls")
+    add("--inversion_order", type=int, choices=[1, 2], default=2,
+        help="order of the inversion's steps; 1 is plain Euler")
+    add("--inversion_spacing", choices=["karras", "uniform"], default="karras", help="where the inversion's steps lie")
+    add("--inversion_guidance_scale", type=number(float, least=1), default=1.0,
+        help="guidance while inverting; above 1 it is inexact")
+    add("--beta_dpo", type=positive, default=2000.0,
+        help="tie to the reference, higher stays closer; the loss has beta / 2, diffusers' SD script has beta")
+    add("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="loss on the difference of winner and loser")
+    add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0,
+        help="share of labels believed wrong; sigmoid only")
+
+    group = parser.add_argument_group("LoRA and optimization")
+    add = group.add_argument
+    add("--rank", type=count, default=16, help="rank of the LoRA; higher learns more and takes more memory")
+    add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
+    add("--lora_target_modules", nargs="+", default=list(LORA_TARGETS),
+        help="modules that get a LoRA: ends of names, or one regular expression; more learn more, take more memory")
+    add("--train_text_encoder", action="store_true", help="out of scope: the LoRA is the U-Net's alone")
+    add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
+    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
+        help="course of the learning rate")
+    add("--lr_warmup_steps", type=natural, default=0, help="updates over which the learning rate rises from 0")
+    add("--train_batch_size", type=count, default=4,
+        help="pairs per process and forward; more is steadier, takes memory")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per update; more is steadier and slower")
+    add("--num_train_epochs", type=count, default=1, help="passes over the pairs, if --max_train_steps is not given")
+    add("--max_train_steps", type=count, help="updates in all, instead of --num_train_epochs")
+    add("--use_8bit_adam", action="store_true", help="Adam with 8-bit states, by bitsandbytes")
+    add("--adam_beta1", type=fraction, default=0.9, help="decay of Adam's mean; higher remembers longer")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of Adam's variance; higher is smoother")
+    add("--adam_weight_decay", type=fraction, default=1e-2, help="weight decay of the LoRA; higher keeps it smaller")
+    add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher is calmer")
+    add("--max_grad_norm", type=positive, default=1.0, help="gradients are scaled down to this norm; lower is calmer")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy step")
+    add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; less takes less memory")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"],
+        help="precision of the frozen parts (accelerate's setting)")
+    add("--allow_tf32", action="store_true", help="faster float32 products on Ampere GPUs and later, less exact")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention instead of SDPA")
+
+    group = parser.add_argument_group("validation: pictures without and with the LoRA, from the same seeds")
+    add = group.add_argument
+    add("--validation_prompts", nargs="+", help="prompts to draw, each in quotes; also drawn at the end")
+    add("--validation_steps", type=count, default=100, help="updates between pictures; fewer cost more time")
+    add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and cost time")
+    add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
+    add("--validation_guidance_scale", type=number(float, least=0), default=5.0,
+        help="guidance of the samples; higher obeys the prompt more and varies less")
+
+    group = parser.add_argument_group("Hugging Face Hub")
+    add = group.add_argument
+    add("--push_to_hub", action="store_true", help="upload LoRA, card, pictures and configuration at the end")
+    add("--hub_model_id", help="repository, as user/name (the name of --output_dir)")
+    add("--hub_token", help="token that may write; HF_TOKEN or `hf auth login` keep it out of the command line")
+    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output_dir", required=True, help="folder for the LoRA, checkpoints, pictures and logs")
+    add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
+    add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
+    add("--checkpointing_steps", type=count, default=100, help="updates between checkpoints; the last has one too")
+    add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
+    add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
+    add("--logging_dir", default="logs", help="folder of the logs, within --output_dir")
+    add("--report_to", choices=[*LoggerType.list(), "none"], default="tensorboard", help="where metrics are logged")
+    # fmt: on
+
+    args = parser.parse_args(argv)
+    check_args(args, parser.error, parser.get_default)
+    return args, parser.error
+
+
+def check_args(args, error, default):
+    """Ends the run by `error` if an option contradicts another or needs what is not installed."""
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        error("give the data by either --dataset_name or --train_data_dir")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        error("--lr_warmup_steps goes with another --lr_scheduler than constant: constant_with_warmup, for instance")
+    if args.max_train_steps is not None and args.lr_warmup_steps >= args.max_train_steps:
+        error(f"--lr_warmup_steps is {args.lr_warmup_steps}; allowed: below --max_train_steps {args.max_train_steps}")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        error(f"--label_smoothing goes with --loss_type sigmoid, not {args.loss_type}")
+    if args.objective == "diffusion_dpo":
+        for name in ("steps", "model", "order", "spacing", "guidance_scale"):
+            if getattr(args, f"inversion_{name}") != default(f"inversion_{name}"):
+                error(f"--inversion_{name} goes with an --objective that inverts, not with diffusion_dpo")
+    elif inversion_steps(args) < timesteps_per_pair(args):
+        error(
+            f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
+        )
+    if not args.validation_prompts:
+        for name in ("validation_steps", "num_validation_images", "validation_inference_steps",
+                     "validation_guidance_scale"):  # fmt: skip
+            if getattr(args, name) != default(name):
+                error(f"--{name} goes with --validation_prompts")
+    if not args.push_to_hub:
+        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
+            if getattr(args, name):
+                error(f"--{name} goes with --push_to_hub")
+    if args.hub_token and args.report_to not in ("tensorboard", "none"):
+        error(
+            f"--hub_token with --report_to {args.report_to} would store the token in the tracker, with the command "
+            "line; log in with `hf auth login` instead"
+        )
+    if args.train_text_encoder:
+        error("--train_text_encoder is out of scope: the LoRA is the U-Net's alone; leave the option out")
+    if args.timesteps_subset and (args.min_timestep, args.max_timestep) != (0, None):
+        error("--timesteps_subset and --min_timestep, --max_timestep exclude each other")
+    if args.use_8bit_adam and not is_bitsandbytes_available():
+        error("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.report_to not in ("all", "none", *map(str, get_available_trackers())):
+        error(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
+        error("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+
+def timesteps_per_pair(args):
+    return args.timesteps_per_pair or (4 if args.objective == "inversion_dpo" else 1)
+
+
+def inversion_steps(args):
+    return args.inversion_steps or timesteps_per_pair(args) + 4
+
+
+def allowed_timesteps(args, noise_scheduler):
+    """Returns the training timesteps (K,), rising; raises ValueError if the schedule does not have them.
+
+    A level without signal (zero terminal SNR) is never trained on: its error is zero by construction.
+    """
+    last = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1
+    if args.timesteps_subset:
+        subset, least = sorted(set(args.timesteps_subset)), timesteps_per_pair(args)
+        if subset[-1] > last or len(subset) < least:
+            raise ValueError(
+                f"--timesteps_subset is {subset}; allowed: {least} or more, those of a pair, in 0 to {last}"
+            )
+        return torch.tensor(subset)
+    highest = last if args.max_timestep is None else args.max_timestep
+    if not args.min_timestep <= highest <= last:
+        raise ValueError(
+            f"--min_timestep {args.min_timestep} and --max_timestep {highest}; allowed: an interval within 0 to {last}"
+        )
+    return torch.arange(args.min_timestep, highest + 1)
+
+
+def vae_location(args):
+    """Returns the path of the VAE, and the keyword arguments that find it there."""
+    if args.pretrained_vae_model_name_or_path:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    where = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    return args.pretrained_model_name_or_path, where
+
+
+def check_family(source, unet):
+    """Raises ValueError if a U-Net's configuration is not one of SDXL."""
+    if unet.get("addition_embed_type") != "text_time":
+        raise ValueError(f"{source} is no SDXL model; train_inversion_dpo.py aligns SD 1.5 and 2.x")
+    kinds = ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    if kind := next((kind for kind in kinds if unet.get(kind)), None):
+        raise ValueError(f"{source}: its U-Net has {kind} {unet[kind]!r}, which SDXL does not have")
+
+
+def load_noise_scheduler(args):
+    """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    source = f"--pretrained_model_name_or_path {model}"
+    vae_path, vae_where = vae_location(args)
+    try:
+        part = "unet"
+        unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
+        part = "scheduler"
+        scheduler = DDPMScheduler.load_config(model, subfolder="scheduler", **where)
+        noise_scheduler = DDPMScheduler.from_config(scheduler)
+        part = f"vae ({vae_path})"
+        vae = AutoencoderKL.load_config(vae_path, **vae_where)
+    except (OSError, ValueError, NotImplementedError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            source += f" (a {DiffusionPipeline.load_config(model, **where)['_class_name']})"
+        raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
+    check_family(source, unet)
+    if args.lora_target_modules != list(LORA_TARGETS):
+        check_lora_targets(unet, args.lora_target_modules)
+    if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
+        raise ValueError(
+            f"{source}: its U-Net takes {unet.get('in_channels')} channels, its VAE makes "
+            f"{vae.get('latent_channels')}; inpainting and other image-conditioned models are not supported"
+        )
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    if args.resolution < factor or args.resolution % factor:
+        raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
+    sampler, prediction_type = scheduler.get("_class_name", "DDPMScheduler"), noise_scheduler.config.prediction_type
+    if sampler.startswith(("EDM", "FlowMatch")):
+        raise ValueError(f"{source} has a {sampler}: models scaled by sigma and flow models are not supported")
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
+    if not hasattr(diffusers, sampler):
+        raise ValueError(f"{source}: diffusers has no scheduler {sampler}")
+    return noise_scheduler
+
+
+def load_models(args, weight_dtype):
+    """Returns tokenizers, text encoders, VAE and U-Net, these in `weight_dtype`; all but the U-Net are frozen.
+
+    The model's own VAE is in float32 whatever `weight_dtype`: SDXL's overflows in half precision.
+    """
+    model = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    weights = {**where, "variant": args.variant, "dtype": weight_dtype}
+    tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder=f"tokenizer{n}", **where) for n in ("", "_2")]
+    text_encoders = [
+        CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **weights),
+        CLIPTextModelWithProjection.from_pretrained(model, subfolder="text_encoder_2", **weights),
+    ]
+    text_encoders = [text_encoder.requires_grad_(False).eval() for text_encoder in text_encoders]
+    vae_path, vae_where = vae_location(args)
+    vae_dtype = weight_dtype if args.pretrained_vae_model_name_or_path else torch.float32
+    vae = AutoencoderKL.from_pretrained(vae_path, dtype=vae_dtype, **vae_where)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
+    return tokenizers, text_encoders, vae.requires_grad_(False).eval(), unet
+
+
+def load_sampler(args):
+    """Returns the scheduler that the model is sampled with, for validation."""
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    name = DDPMScheduler.load_config(model, subfolder="scheduler", **where).get("_class_name", "DDPMScheduler")
+    return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler", **where)
+
+
+def make_pipeline(args, tokenizers, text_encoders, vae, unet):
+    """Returns a pipeline of the loaded models, for validation."""
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **where)
+    return StableDiffusionXLPipeline(
+        vae=vae, text_encoder=text_encoders[0], text_encoder_2=text_encoders[1], tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1], unet=unet, scheduler=load_sampler(args), add_watermarker=False,
+        force_zeros_for_empty_prompt=index.get("force_zeros_for_empty_prompt", True),
+    )  # fmt: skip
+
+
+def load_pairs(args):
+    """Returns the preference pairs; raises ValueError if there are none to be had."""
+    rows = load_rows(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.dataset_split_name, args.cache_dir
+    )
+    return LabelledPairs(
+        rows, args.image_0_column, args.image_1_column, args.label_column, args.caption_column, args.max_train_samples
+    )
+
+
+def collate(examples, tokenizers):
+    """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, uniforms (M, B), and lists.
+
+    time_ids (2B, 6) are SDXL's micro-conditioning (arXiv 2307.01952, section 2.2) of each image by itself: original
+    height and width, top and left of the crop, target height and width.
+    """
+    pixel_values = torch.stack([example["pixel_values"] for example in examples], dim=1).flatten(0, 1)
+    original_sizes, corners = (
+        torch.stack([example[name] for example in examples], dim=1).flatten(0, 1)
+        for name in ("original_sizes", "corners")
+    )
+    target_sizes = torch.tensor(pixel_values.shape[-2:]).expand_as(corners)
+    return {
+        "visits": [example["visit"] for example in examples],
+        "rows": [example["row"] for example in examples],
+        "pixel_values": pixel_values,
+        "time_ids": torch.cat([original_sizes, corners, target_sizes], dim=1).float(),
+        "input_ids": tokenize(tokenizers, [example["caption"] for example in examples]),
+        "empty_input_ids": tokenize(tokenizers, [""] * len(examples)),
+        "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
+        "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
+        "cut_captions": cut_captions(tokenizers, examples),
+    }
+
+
+@torch.no_grad()
+def encode_prompts(text_encoders, input_ids, batch):
+    """Returns the U-Net's conditioning (2B, ...), for the winners and the losers, of token ids (B, L) twice.
+
+    The penultimate layer's states of both encoders side by side, the second one's pooled state, and the time_ids.
+    """
+    device = text_encoders[0].device
+    outputs = [
+        text_encoder(to_device(ids, device), output_hidden_states=True)
+        for text_encoder, ids in zip(text_encoders, input_ids, strict=True)
+    ]
+    embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = outputs[1].text_embeds
+    added = {"text_embeds": torch.cat([pooled, pooled]), "time_ids": to_device(batch["time_ids"], device)}
+    return {"encoder_hidden_states": torch.cat([embeds, embeds]), "added_cond_kwargs": added}
+
+
+def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, weight_dtype):
+    """Returns the U-Net's noise prediction (N, C, h, w), float32, for epsilon- and v-prediction models alike."""
+    model_output = unet(x_t.to(weight_dtype), timesteps, **cond).sample
+    return noise_from_model_output(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
+
+
+def create_optimizer(args, parameters, visits_per_update):
+    """Returns AdamW over the LoRA's parameters, in 8 bit if asked for."""
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes as bnb
+
+        optimizer_class = bnb.optim.AdamW8bit
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * (visits_per_update if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def main(argv=None):
+    args, error = parse_args(argv)
+    num_targets = timesteps_per_pair(args)
+    options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
+    try:
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir, checkpoint)
+        noise_scheduler = load_noise_scheduler(args)
+        training_timesteps = allowed_timesteps(args, noise_scheduler)
+        pairs = load_pairs(args)
+        if checkpoint:
+            check_resumed_run(checkpoint, len(pairs), options, FREE_ON_RESUME)
+        train_dataset = PreferenceDataset(
+            pairs, args.resolution, num_targets, args.seed,
+            args.random_crop, args.random_flip, args.proportion_empty_prompts,
+        )  # fmt: skip
+        train_dataset[0, 0]  # finds out before the models load whether there is a readable pair
+        repo_id = None
+        if args.push_to_hub:
+            repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
+    except (ValueError, RuntimeError) as problem:
+        error(str(problem))
+
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+        ),
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    if args.inversion_guidance_scale > 1:
+        logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(args.seed)
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    try:
+        tokenizers, text_encoders, vae, unet = load_models(args, weight_dtype)
+    except Exception as problem:  # damaged files fail in many kinds
+        model = args.pretrained_model_name_or_path
+        error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
+    for module in (*text_encoders, vae, unet):
+        module.to(accelerator.device)
+    lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+
+    visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
+    visits_to_go = max(0, args.num_train_epochs * len(pairs) - visit)
+    max_train_steps = args.max_train_steps or step + math.ceil(visits_to_go / visits_per_update)
+    dataloader = torch.utils.data.DataLoader(
+        train_dataset,
+        batch_sampler=VisitBatches(
+            len(pairs), args.train_batch_size, args.seed, visit,
+            accelerator.process_index, accelerator.num_processes,
+        ),
+        collate_fn=partial(collate, tokenizers=tokenizers),
+        worker_init_fn=leave_signals_to_the_main_process,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )  # fmt: skip
+
+    optimizer = create_optimizer(args, lora_parameters, visits_per_update)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+    # The schedule stays unprepared and is stepped once per update, so it is the same for any number of processes.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
+    register_lora_checkpointing(accelerator, base, PIPELINE_CLASS)
+    if checkpoint:
+        accelerator.load_state(checkpoint.folder)
+        accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
+        logger.info(f"Resuming from {checkpoint.folder}")
+    if args.report_to != "none":
+        config = {
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in options.items()
+        }
+        accelerator.init_trackers("inversion-dpo", config=config)
+
+    prediction_type = noise_scheduler.config.prediction_type
+    alphas_cumprod = noise_scheduler.alphas_cumprod  # on the CPU, where the inverter plans its steps
+    alphas_cumprod_on_device = alphas_cumprod.to(accelerator.device)
+
+    def predict(model, x_t, timesteps, cond):
+        with accelerator.autocast():
+            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod_on_device, prediction_type, weight_dtype)
+
+    def predict_guided(x_t, timesteps, cond, empty_cond):
+        """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
+        scale = args.inversion_guidance_scale
+        if scale == 1:
+            return predict(base, x_t, timesteps, cond)
+        cond = map_condition(lambda x, empty: torch.cat([x, empty]), cond, empty_cond)
+        noise, unconditional = predict(base, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond).chunk(2)
+        return unconditional + scale * (noise - unconditional)
+
+    def predict_targets(model, trajectory, chunk, cond):
+        """A model's predictions (m, 2B, C, h, w) at a chunk of a trajectory's targets, in one call."""
+        x_t, timesteps = trajectory.latents[chunk], trajectory.timesteps[chunk]
+        cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
+        return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
+
+    chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
+    metrics, known = (checkpoint.metrics, checkpoint.bad_rows) if checkpoint else ([], {})
+    warn_of_row = partial(logger.warning, main_process_only=False)
+    bad_rows = RowLog(warn_of_row, "is skipped", known)
+    long_captions = RowLog(warn_of_row, "has its caption cut", {})
+    validation = None
+    if args.validation_prompts and accelerator.is_main_process:
+        sampling = {
+            "height": args.resolution, "width": args.resolution,
+            "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
+        }  # fmt: skip
+        validation = Validation(
+            make_pipeline(args, tokenizers, text_encoders, vae, base), Path(args.output_dir) / VALIDATION_DIR,
+            args.validation_prompts, args.num_validation_images, args.seed, sampling, accelerator.autocast,
+            logger.warning,
+        )  # fmt: skip
+    data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
+    logger.info(
+        f"{data}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
+        f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
+        f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
+    )
+    progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    policy.train()
+    good_steps = bad_steps = bad_steps_in_a_row = 0
+    means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
+
+    usable_rows = []
+    for batch in dataloader if step < max_train_steps else []:
+        bad_rows.add(batch["bad_rows"])
+        long_captions.add(batch["cut_captions"])
+        with accelerator.accumulate(policy):
+            # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
+            latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+            usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
+            usable_rows.append((batch["rows"], usable))
+            latents = latents.where(usable[:, None, None, None], 0.0)
+            cond = encode_prompts(text_encoders, batch["input_ids"], batch)
+            empty_cond = None
+            if args.inversion_guidance_scale > 1:
+                empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
+            index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
+            timesteps = training_timesteps[index].repeat(1, 2)
+
+            # 2  Invert with the reference; the baseline takes forward noise instead
+            if args.objective == "diffusion_dpo":
+                timesteps = to_device(timesteps, latents.device)
+                noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
+                noise = to_device(noise, latents.device)
+                x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
+                trajectory = Trajectory(timesteps, x_t, noise, None)
+            else:
+                by_reference = args.inversion_model == "reference"
+                with reference_policy(base) if by_reference else contextlib.nullcontext():
+                    trajectory = invert(
+                        partial(predict_guided, cond=cond, empty_cond=empty_cond),
+                        latents, timesteps, alphas_cumprod, inversion_steps(args),
+                        order=args.inversion_order, spacing=args.inversion_spacing,
+                        predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
+                    )  # fmt: skip
+
+            # 3  Errors (M, 2B) of the reference at the trajectory's states, known from the inversion if it inverted
+            reference_noise = trajectory.predicted
+            if reference_noise is None:
+                with torch.no_grad(), reference_policy(base):
+                    reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
+            reference_error = prediction_error(reference_noise, trajectory.noise).where(usable, 0.0)
+
+            # 4  Errors of the policy at the same states, chunk by chunk, and the loss
+            def policy_error(chunk, trajectory=trajectory, cond=cond, usable=usable):
+                noise = predict_targets(policy, trajectory, chunk, cond)
+                return prediction_error(noise, trajectory.noise[chunk]).where(usable, 0.0)
+
+            def loss_of(policy_error, reference_error=reference_error):
+                means.add(policy_error=policy_error, reference_error=reference_error)
+                if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
+                    policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
+                loss, metrics = preference_loss(
+                    policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing
+                )
+                means.add(loss=loss, **metrics)
+                return loss.mean()
+
+            backward_in_chunks(
+                [partial(policy_error, chunk) for chunk in chunks],
+                loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
+            )  # fmt: skip
+            if not accelerator.sync_gradients:
+                continue
+
+            # Once per update: clip, look at the metrics, step
+            means.add(grad_norm=accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm))
+            means.add(stop=torch.tensor(stop.received > 0, device=accelerator.device))
+            means.add(usable=torch.cat([usable for _, usable in usable_rows]))
+            logs = means.pop(accelerator)
+            is_stopping = logs.pop("stop") > 0
+            if logs.pop("usable") < 1:
+                for names, usable in usable_rows:
+                    lost = [name for name, is_usable in zip(names, usable.tolist(), strict=False) if not is_usable]
+                    bad_rows.add([(name, "its latents are not finite, the VAE overflows") for name in lost])
+            usable_rows.clear()
+            is_bad = not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
+            if not is_bad or accelerator.scaler is not None:  # a loss scaler skips by itself, and must see it to adapt
+                optimizer.step()
+            optimizer.zero_grad()
+
+        step, visit = step + 1, visit + visits_per_update
+        good_steps, bad_steps = good_steps + (not is_bad), bad_steps + is_bad
+        bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}
+        metrics.append({"step": step, **logs})
+        accelerator.log(logs, step=step)
+        if not is_bad:
+            lr_scheduler.step()
+        progress.update()
+        progress.set_postfix_str(
+            f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
+        )
+        if bad_steps_in_a_row >= args.max_bad_steps:
+            raise RuntimeError(
+                f"loss or gradient were not finite for {bad_steps_in_a_row} updates in a row; the LoRA and the last "
+                "checkpoint are as they were before. Try a lower --learning_rate, or bf16 instead of fp16"
+            )
+        if good_steps == 10 and is_zero_lora(base):
+            raise RuntimeError(
+                "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
+                f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
+            )
+        if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
+            folder = Path(args.output_dir) / f"checkpoint-{step}"
+            all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
+            reached = Checkpoint(folder, step, visit, len(pairs), options, metrics, all_bad_rows)
+            save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
+        if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
+            log_pictures(accelerator, validation.draw(step), step)
+        if is_stopping or step >= max_train_steps:
+            break
+
+    progress.close()
+    stop.restore()
+    is_unfinished, push_failed = is_stopping and step < max_train_steps, False
+    all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
+    if all_bad_rows:
+        logger.warning(f"{len(all_bad_rows)} rows were skipped")
+    if long_captions.reasons:
+        logger.warning(f"{len(long_captions.reasons)} captions were longer than what is read", main_process_only=False)
+    if bad_steps:
+        logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
+    if is_unfinished:
+        logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
+    elif accelerator.is_main_process:
+        logger.info(f"Saved {save_lora(base, args.output_dir, PIPELINE_CLASS)}")
+        files = validation.draw(step) if validation else []
+        log_pictures(accelerator, files, step)
+        record = {
+            "command": command_line([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
+            "pipeline": PIPELINE_CLASS.__name__,
+            "updates": step,
+            "pairs_per_update": visits_per_update,
+            "processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+            "data": {**pairs.counts(), "rows skipped": len(all_bad_rows)},
+            "metrics": final_metrics(metrics),
+            "versions": versions(),
+            "options": options,
+        }
+        pictures = {
+            prompt: f"{VALIDATION_DIR}/{file.name}"
+            for prompt, file in zip(args.validation_prompts or [], files, strict=True)
+        }
+        write_results(args.output_dir, record, metrics, pictures, repo_id, args.hub_token)
+        if repo_id:
+            try:
+                push_to_hub(repo_id, args.output_dir, args.hub_token)
+            except RuntimeError as problem:
+                logger.error(problem)
+                push_failed = True
+            else:
+                logger.info(f"Pushed to {repo_id}")
+    accelerator.end_training()
+    if is_unfinished:
+        sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
+    if push_failed:
+        sys.exit(1)
+
+
+def unwrap_model(accelerator, model):
+    """Returns the model inside the wrappers of accelerate and torch.compile."""
+    model = accelerator.unwrap_model(model)
+    return model._orig_mod if is_compiled_module(model) else model
+
+
+if __name__ == "__main__":
+    main()
