@@ -2,18 +2,25 @@
 # From nothing to an aligned model, on any machine: install, sample preference pairs from a small Stable Diffusion
 # pipeline, train a LoRA on them with the real script, and compare the model with and without it.
 #
-#     bash examples/quickstart.sh [area | sharpness | tone]
+#     bash examples/quickstart.sh [sdxl] [area | sharpness | tone]
 #
-# The argument is the hidden preference to teach (area if none is given). Results go to quickstart/<preference>.
+# The last argument is the hidden preference to teach (area if none is given); with sdxl, a small SDXL pipeline learns
+# it by the SDXL script. Results go to quickstart/<preference> or quickstart/sdxl-<preference>.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+arguments=$*
+script=train_inversion_dpo.py model=examples/small_world_model prefix=
+if [ "${1:-}" = sdxl ]; then
+    script=train_inversion_dpo_sdxl.py model=examples/small_world_sdxl_model prefix=sdxl-
+    shift
+fi
 preference=${1:-area}
-case $preference in
-    area | sharpness | tone) ;;
-    *) echo "usage: bash examples/quickstart.sh [area | sharpness | tone]; got '$preference'" >&2; exit 2 ;;
-esac
-results=quickstart/$preference
+if [ $# -gt 1 ] || [[ ! $preference =~ ^(area|sharpness|tone)$ ]]; then
+    echo "usage: bash examples/quickstart.sh [sdxl] [area | sharpness | tone]; got '$arguments'" >&2
+    exit 2
+fi
+results=quickstart/$prefix$preference
 if [ -e "$results" ]; then
     [ -e "$results/before_after.png" ] && remedy="look at $results/before_after.png, or remove the folder to run again" \
         || remedy="an earlier run did not finish; remove the folder to run again"
@@ -23,7 +30,6 @@ fi
 
 bash examples/install.sh
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
-model=examples/small_world_model
 started=$SECONDS
 
 echo "1/3  Sampling pairs and labelling them: the picture with more $preference wins"
@@ -31,7 +37,7 @@ echo "1/3  Sampling pairs and labelling them: the picture with more $preference 
 
 echo "2/3  Training"
 .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    train_inversion_dpo.py \
+    $script \
     --pretrained_model_name_or_path $model \
     --train_data_dir "$results/pairs" \
     --output_dir "$results/lora" \
@@ -41,7 +47,10 @@ echo "2/3  Training"
     --train_batch_size 8 \
     --max_train_steps 80 \
     --learning_rate 5e-4 \
-    --beta_dpo 1000
+    --beta_dpo 1000 \
+    --validation_prompts "a red circle" "a blue star" \
+    --validation_guidance_scale 1.5 \
+    --validation_inference_steps 16
 
 echo "3/3  Comparing: the same held-out captions and seeds with and without the LoRA"
 .venv/bin/python examples/evaluate.py --model $model --lora "$results/lora" --preference "$preference" \

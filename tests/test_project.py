@@ -10,7 +10,9 @@ import torch
 from conftest import build_pipeline
 
 import train_inversion_dpo
+import train_inversion_dpo_sdxl
 
+SCRIPTS = {f"{script.__name__}.py": script for script in (train_inversion_dpo, train_inversion_dpo_sdxl)}
 ROOT = Path(train_inversion_dpo.__file__).parent
 README = (ROOT / "README.md").read_text()
 
@@ -20,8 +22,9 @@ def requirements(name):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_the_script_names_the_same_lower_bounds_as_requirements():
-    header = re.search(r"^# /// script\n(.*?)^# ///$", Path(train_inversion_dpo.__file__).read_text(), re.M | re.S)[1]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_script_names_the_same_lower_bounds_as_requirements(name):
+    header = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / name).read_text(), re.M | re.S)[1]
     named = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.M))["dependencies"]
     assert set(named) | {"bitsandbytes>=0.50.0"} == set(requirements("requirements.txt"))
 
@@ -34,19 +37,19 @@ def test_the_tested_versions_satisfy_the_lower_bounds():
 
 
 def commands():
-    """The README's invocations of the training script, as lists of options."""
+    """The README's invocations of the training scripts, as (script, list of options)."""
     blocks = re.findall(r"^    accelerate launch .*?(?=\n\n)", README, re.M | re.S)
-    words = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    return [line[line.index("train_inversion_dpo.py") + 1 :] for line in words]
+    lines = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+    return [(word, line[i + 1 :]) for line in lines for i, word in enumerate(line) if word in SCRIPTS]
 
 
-def test_the_readme_has_commands():
-    assert len(commands()) >= 2
+def test_the_readme_has_commands_for_both_scripts():
+    assert {name for name, _ in commands()} == set(SCRIPTS) and len(commands()) >= 6
 
 
-@pytest.mark.parametrize("options", commands(), ids=lambda options: "-".join(options)[-40:])
-def test_the_readmes_commands_parse(options):
-    args, _ = train_inversion_dpo.parse_args(options)
+@pytest.mark.parametrize(("name", "options"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_readmes_commands_parse(name, options):
+    args, _ = SCRIPTS[name].parse_args(options)
     assert args.output_dir
 
 
@@ -54,8 +57,8 @@ def test_options_named_in_the_readme_exist(capsys):
     with pytest.raises(SystemExit):
         train_inversion_dpo.parse_args(["--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    section = README[README.index("## Train your model") : README.index("## Which objective")]
-    launcher = {"--multi_gpu", "--num_processes", "--help"}
+    section = README[README.index("## From pairs to a LoRA") : README.index("## Which objective")]
+    launcher = {"--multi_gpu", "--num_processes", "--help", "--model", "--train", "--num_images"}
     assert set(re.findall(r"--\w+", section)) - launcher <= known
 
 
