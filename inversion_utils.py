@@ -887,8 +887,12 @@ def check_lora_targets(unet_config: dict[str, Any], targets: list[str]) -> None:
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
+    names = [f".{name}" for name, _ in unet.named_modules()]
     try:
         add_lora(unet, 1, 1, targets)
+        for target in targets if len(targets) > 1 else []:
+            if not any(name.endswith(f".{target}") for name in names):
+                raise ValueError(f"no module of the U-Net is called {target}")
     except (ValueError, re.error) as error:
         raise ValueError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
 
@@ -984,7 +988,7 @@ class Checkpoint(NamedTuple):
         num_pairs: pairs in the data, on which the order of the visits depends.
         options: the run's options by name.
         metrics: those of every update so far, with its "step".
-        bad_rows: the reasons of unreadable rows so far, by name.
+        bad_rows, cut_captions: what happened to rows so far, by name, see `RowLog`.
     """
 
     folder: Path
@@ -994,6 +998,7 @@ class Checkpoint(NamedTuple):
     options: dict[str, Any]
     metrics: list[dict[str, float]]
     bad_rows: dict[str, str]
+    cut_captions: dict[str, str]
 
 
 def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Checkpoint | None:
@@ -1090,7 +1095,7 @@ CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.json"
 REPORT_FILE = "report.png"
 VALIDATION_DIR = "validation"
-RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, VALIDATION_DIR)
+RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)
 PUSHED = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, f"{VALIDATION_DIR}/step-*.png")
 
 
@@ -1118,9 +1123,18 @@ class Validation:
         self._without = None  # the base model's samples never change
 
     def draw(self, step: int) -> list[Path]:
-        """Returns the pictures' files, in the order of the prompts."""
+        """Returns the pictures' files, in the order of the prompts; none, and a warning, if they cannot be drawn."""
         from accelerate.utils.memory import clear_device_cache
 
+        try:
+            return self._draw(step)
+        except Exception as error:  # out of memory, above all: no reason to lose what was trained
+            self.warn(f"no validation pictures at step {step}, training goes on: {one_line(error)}")
+            return []
+        finally:
+            clear_device_cache()
+
+    def _draw(self, step: int) -> list[Path]:
         unet = self.pipeline.unet
         was_training = unet.training
         unet.eval()
@@ -1132,7 +1146,6 @@ class Validation:
                 with_lora = [self._sample(prompt) for prompt in self.prompts]
         finally:
             unet.train(was_training)
-        clear_device_cache()
         self.folder.mkdir(exist_ok=True)
         files = [self.folder / f"step-{step:06}-prompt-{i}.png" for i in range(len(self.prompts))]
         for file, prompt, *samples in zip(files, self.prompts, self._without, with_lora, strict=True):
@@ -1212,9 +1225,10 @@ def log_pictures(accelerator, files: list[Path], step: int) -> None:
 
 
 def final_metrics(metrics: list[dict[str, float]], updates: int = 20) -> dict[str, float]:
-    """Returns the mean of each metric over the last updates that were finite."""
+    """Returns the mean of each metric over the last updates that were finite, and how many were not in all."""
     rows = [row for row in metrics if all(map(math.isfinite, row.values()))][-updates:]
-    return {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else {}) if name != "step"}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else {}) if name != "step"}
+    return {**means, **({"bad_steps": metrics[-1]["bad_steps"]} if "bad_steps" in means else {})}  # which is a count
 
 
 def draw_report(metrics: list[dict[str, float]], file: str | Path, title: str, loss_type: str) -> None:
@@ -1321,10 +1335,11 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], license: dict[s
     )
     title = repo_id.split("/")[-1] if repo_id else Path(options["output_dir"]).resolve().name
     gallery = "\n".join(
-        f"{html.escape(' '.join(prompt.split())) or '(empty prompt)'}\n\n![without and with the LoRA]({file})\n"
+        f"<p>{html.escape(' '.join(prompt.split())) or '(empty prompt)'}</p>\n\n![without and with the LoRA]({file})\n"
         for prompt, file in pictures.items()
     )
     metrics = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in record["metrics"].items())
+    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", record["command"])), 0)
     library_versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""---
 {metadata.to_yaml()}
@@ -1354,9 +1369,9 @@ pipe.load_lora_weights({repo_id or "path/to/this/folder"!r})
   {record["mixed_precision"]}.
 - Versions: {library_versions}.
 
-```
+{fence}
 {record["command"]}
-```
+{fence}
 
 Means over the last updates:
 
@@ -1368,7 +1383,8 @@ Means over the last updates:
 
 - The metrics compare noise predictions. They do not say that the pictures are better: look at them.
 - What the pairs did not judge may have drifted. Biases of the pairs and of the base model remain.
-- Trained at {options["resolution"]} pixels, on the U-Net's attention layers; the text encoder is the base model's.
+- Trained at {options["resolution"]} pixels. The text encoding is the base model's; the LoRA is on these modules of the
+  U-Net: `{" ".join(options["lora_target_modules"])}`.
 
 ## Licence
 
@@ -1386,13 +1402,13 @@ def write_results(
 ) -> None:
     """Writes what stands beside a finished LoRA: training_config.json, report.png and the model card."""
     folder = Path(folder)
-    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     options = record["options"]
     if metrics:
         title = f"{folder.resolve().name}, {options['objective']}"
         draw_report(metrics, folder / REPORT_FILE, title, options["loss_type"])
     license = base_license(options["pretrained_model_name_or_path"], token)
-    (folder / CARD_FILE).write_text(model_card(record, pictures, license, repo_id))
+    (folder / CARD_FILE).write_text(model_card(record, pictures, license, repo_id), encoding="utf-8")
 
 
 def create_hub_repo(hub_model_id: str | None, output_dir: str, token: str | None, private: bool) -> str:

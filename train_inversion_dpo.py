@@ -31,6 +31,7 @@ whole U-Net. README.md explains each. Needs `inversion_utils.py` beside it, noth
 
 import argparse
 import contextlib
+import datetime
 import logging
 import math
 import os
@@ -44,7 +45,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xformers_available
@@ -172,7 +173,8 @@ def parse_args(argv=None):
         help="instead of a band: train at these only, as a distilled few-step model is sampled at")
     add("--trajectory_chunk", type=count, default=4,
         help="timesteps per policy call; less takes less memory, and a second forward where not all fit into one")
-    add("--inversion_steps", type=count, help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4)")
+    add("--inversion_steps", type=count,
+        help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4, without the 4 for a subset)")
     add("--inversion_model", choices=["reference", "policy"], default="reference",
         help="who inverts; the reference's predictions are then also the loss's, the policy costs extra calls")
     add("--inversion_order", type=int, choices=[1, 2], default=2,
@@ -298,7 +300,8 @@ def timesteps_per_pair(args):
 
 
 def inversion_steps(args):
-    return args.inversion_steps or timesteps_per_pair(args) + 4
+    """A distilled model is called at its own timesteps only: then the targets are all the nodes there are."""
+    return args.inversion_steps or timesteps_per_pair(args) + (0 if args.timesteps_subset else 4)
 
 
 def allowed_timesteps(args, noise_scheduler):
@@ -309,10 +312,10 @@ def allowed_timesteps(args, noise_scheduler):
     last = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1
     if args.timesteps_subset:
         subset, least = sorted(set(args.timesteps_subset)), timesteps_per_pair(args)
-        if subset[-1] > last or len(subset) < least:
-            raise ValueError(
-                f"--timesteps_subset is {subset}; allowed: {least} or more, those of a pair, in 0 to {last}"
-            )
+        if subset[-1] > last:
+            raise ValueError(f"--timesteps_subset is {subset}; allowed: timesteps from 0 to {last}")
+        if len(subset) < least:
+            raise ValueError(f"--timesteps_subset is {subset}, fewer than --timesteps_per_pair {least}: lower that")
         return torch.tensor(subset)
     highest = last if args.max_timestep is None else args.max_timestep
     if not args.min_timestep <= highest <= last:
@@ -320,6 +323,15 @@ def allowed_timesteps(args, noise_scheduler):
             f"--min_timestep {args.min_timestep} and --max_timestep {highest}; allowed: an interval within 0 to {last}"
         )
     return torch.arange(args.min_timestep, highest + 1)
+
+
+def load_model_index(args):
+    """Returns the pipeline's own configuration, {} for a folder without one."""
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    try:
+        return DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **where)
+    except (OSError, ValueError):
+        return {}
 
 
 def vae_location(args):
@@ -353,9 +365,10 @@ def load_noise_scheduler(args):
         part = f"vae ({vae_path})"
         vae = AutoencoderKL.load_config(vae_path, **vae_where)
     except (OSError, ValueError, NotImplementedError) as error:
-        with contextlib.suppress(OSError, ValueError):
-            source += f" (a {DiffusionPipeline.load_config(model, **where)['_class_name']})"
-        raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
+        kind = load_model_index(args).get("_class_name", "folder without model_index.json")
+        raise ValueError(
+            f"{source} (a {kind}) has no usable {part}, which this script needs: {one_line(error)}"
+        ) from error
     check_family(source, unet)
     if args.lora_target_modules != list(LORA_TARGETS):
         check_lora_targets(unet, args.lora_target_modules)
@@ -397,7 +410,7 @@ def load_sampler(args):
     return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler", **where)
 
 
-def make_pipeline(args, tokenizers, text_encoders, vae, unet):
+def make_pipeline(args, model_index, tokenizers, text_encoders, vae, unet):
     """Returns a pipeline of the loaded models, for validation."""
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoders[0], tokenizer=tokenizers[0], unet=unet, scheduler=load_sampler(args),
@@ -415,7 +428,7 @@ def load_pairs(args):
     )
 
 
-def collate(examples, tokenizers):
+def collate(examples, tokenizers, model_index):
     """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, uniforms (M, B), and lists."""
     return {
         "visits": [example["visit"] for example in examples],
@@ -466,7 +479,7 @@ def main(argv=None):
     try:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
-        noise_scheduler = load_noise_scheduler(args)
+        noise_scheduler, model_index = load_noise_scheduler(args), load_model_index(args)
         training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
         if checkpoint:
@@ -489,11 +502,16 @@ def main(argv=None):
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],  # while one process draws
     )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
+    if args.hub_token:
+        logger.warning(
+            "--hub_token: launchers print the command line if a run fails; HF_TOKEN or `hf auth login` are safer"
+        )
     if args.inversion_guidance_scale > 1:
         logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
     if args.allow_tf32:
@@ -524,7 +542,7 @@ def main(argv=None):
             len(pairs), args.train_batch_size, args.seed, visit,
             accelerator.process_index, accelerator.num_processes,
         ),
-        collate_fn=partial(collate, tokenizers=tokenizers),
+        collate_fn=partial(collate, tokenizers=tokenizers, model_index=model_index),
         worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -574,20 +592,24 @@ def main(argv=None):
         return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
 
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
-    metrics, known = (checkpoint.metrics, checkpoint.bad_rows) if checkpoint else ([], {})
+    metrics, *known = checkpoint[-3:] if checkpoint else ([], {}, {})
     warn_of_row = partial(logger.warning, main_process_only=False)
-    bad_rows = RowLog(warn_of_row, "is skipped", known)
-    long_captions = RowLog(warn_of_row, "has its caption cut", {})
+    bad_rows = RowLog(warn_of_row, "is skipped", known[0])
+    long_captions = RowLog(warn_of_row, "has its caption cut", known[1])
+
+    def reasons_of_all_processes():
+        return [dict(gather_object(list(log.reasons.items()))) for log in (bad_rows, long_captions)]
+
     validation = None
     if args.validation_prompts and accelerator.is_main_process:
         sampling = {
             "height": args.resolution, "width": args.resolution,
             "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
         }  # fmt: skip
+        pipeline = make_pipeline(args, model_index, tokenizers, text_encoders, vae, base)
         validation = Validation(
-            make_pipeline(args, tokenizers, text_encoders, vae, base), Path(args.output_dir) / VALIDATION_DIR,
-            args.validation_prompts, args.num_validation_images, args.seed, sampling, accelerator.autocast,
-            logger.warning,
+            pipeline, Path(args.output_dir) / VALIDATION_DIR, args.validation_prompts, args.num_validation_images,
+            args.seed, sampling, accelerator.autocast, logger.warning,
         )  # fmt: skip
     data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
     logger.info(
@@ -669,14 +691,17 @@ def main(argv=None):
             means.add(usable=torch.cat([usable for _, usable in usable_rows]))
             logs = means.pop(accelerator)
             is_stopping = logs.pop("stop") > 0
-            if logs.pop("usable") < 1:
+            usable_share = logs.pop("usable")
+            if usable_share < 1:
                 for names, usable in usable_rows:
                     lost = [name for name, is_usable in zip(names, usable.tolist(), strict=False) if not is_usable]
                     bad_rows.add([(name, "its latents are not finite, the VAE overflows") for name in lost])
             usable_rows.clear()
-            is_bad = not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
-            if not is_bad or accelerator.scaler is not None:  # a loss scaler skips by itself, and must see it to adapt
-                optimizer.step()
+            is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
+            if usable_share and (not is_bad or accelerator.scaler is not None):
+                optimizer.step()  # a loss scaler skips bad steps by itself, and must see them to adapt
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()
             optimizer.zero_grad()
 
         step, visit = step + 1, visit + visits_per_update
@@ -692,9 +717,12 @@ def main(argv=None):
             f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
         )
         if bad_steps_in_a_row >= args.max_bad_steps:
+            culprit, remedy = "loss or gradient were", "a lower --learning_rate, or bf16 instead of fp16"
+            if not usable_share:
+                culprit, remedy = "no latents were", "another precision or --pretrained_vae_model_name_or_path"
             raise RuntimeError(
-                f"loss or gradient were not finite for {bad_steps_in_a_row} updates in a row; the LoRA and the last "
-                "checkpoint are as they were before. Try a lower --learning_rate, or bf16 instead of fp16"
+                f"{culprit} finite for {bad_steps_in_a_row} updates in a row; the LoRA and the last checkpoint are "
+                f"as they were before. Try {remedy}"
             )
         if good_steps == 10 and is_zero_lora(base):
             raise RuntimeError(
@@ -703,8 +731,7 @@ def main(argv=None):
             )
         if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
             folder = Path(args.output_dir) / f"checkpoint-{step}"
-            all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
-            reached = Checkpoint(folder, step, visit, len(pairs), options, metrics, all_bad_rows)
+            reached = Checkpoint(folder, step, visit, len(pairs), options, metrics, *reasons_of_all_processes())
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
             log_pictures(accelerator, validation.draw(step), step)
@@ -714,11 +741,11 @@ def main(argv=None):
     progress.close()
     stop.restore()
     is_unfinished, push_failed = is_stopping and step < max_train_steps, False
-    all_bad_rows = dict(gather_object(list(bad_rows.reasons.items())))
-    if all_bad_rows:
-        logger.warning(f"{len(all_bad_rows)} rows were skipped")
-    if long_captions.reasons:
-        logger.warning(f"{len(long_captions.reasons)} captions were longer than what is read", main_process_only=False)
+    skipped, cut = map(len, reasons_of_all_processes())
+    if skipped:
+        logger.warning(f"{skipped} rows were skipped")
+    if cut:
+        logger.warning(f"{cut} captions were longer than what is read")
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
     if is_unfinished:
@@ -734,15 +761,14 @@ def main(argv=None):
             "pairs_per_update": visits_per_update,
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
-            "data": {**pairs.counts(), "rows skipped": len(all_bad_rows)},
+            "data": {**pairs.counts(), "rows skipped": skipped, "captions cut": cut},
             "metrics": final_metrics(metrics),
             "versions": versions(),
             "options": options,
         }
-        pictures = {
-            prompt: f"{VALIDATION_DIR}/{file.name}"
-            for prompt, file in zip(args.validation_prompts or [], files, strict=True)
-        }
+        pictures = dict(
+            zip(args.validation_prompts or [], (f"{VALIDATION_DIR}/{f.name}" for f in files), strict=False)
+        )
         write_results(args.output_dir, record, metrics, pictures, repo_id, args.hub_token)
         if repo_id:
             try:

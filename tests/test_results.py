@@ -104,6 +104,30 @@ def test_validation_puts_everything_back(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in pipe.vae.state_dict().items())
 
 
+def test_pictures_that_fail_leave_no_trace_and_do_not_end_the_run(train, monkeypatch, caplog):
+    """Out of memory is likeliest here: what was trained is saved, with its card, and the models are as they were."""
+    calls, original = [], inversion_utils.decode_latents
+
+    def decode_latents(vae, latents):
+        calls.append(vae)
+        if len(calls) == 2:  # after the base model's sample, while the LoRA's is drawn
+            raise torch.OutOfMemoryError("out of memory")
+        return original(vae, latents)
+
+    options = {"max_train_steps": 4, "validation_prompts": ["x"], "num_validation_images": 1, "validation_steps": 2}
+    options["validation_inference_steps"] = 1
+    plain = train("plain", max_train_steps=4)
+    monkeypatch.setattr(inversion_utils, "decode_latents", decode_latents)
+    watched = train("watched", **options)
+    assert len(calls) == 3 and [file.name for file in (watched / "validation").iterdir()] == [
+        "step-000004-prompt-0.png"
+    ]
+    assert any("no validation pictures at step 2" in record.getMessage() for record in caplog.records)
+    for key, value in load_file(plain / LORA_FILE).items():
+        assert torch.equal(load_file(watched / LORA_FILE)[key], value)
+    assert (watched / "README.md").is_file()
+
+
 def test_a_vae_that_overflows_in_half_precision_still_draws():
     vae = build_pipeline().vae.half()
     vae.decoder.conv_in.weight.data *= 3_000 / vae.decoder.conv_in.weight.abs().max()
@@ -159,6 +183,8 @@ def test_final_metrics_are_means_over_the_last_finite_updates():
     metrics = metrics_of(40)
     metrics[-1]["loss"] = float("nan")
     assert final_metrics(metrics, 2)["loss"] == pytest.approx((1 / 39 + 1 / 38) / 2)
+    counted = [{**row, "bad_steps": row["step"] // 20} for row in metrics]
+    assert final_metrics(counted, 2)["bad_steps"] == 2  # of all 40, not a mean
     assert "step" not in final_metrics(metrics) and final_metrics([]) == {}
 
 
@@ -184,7 +210,7 @@ def test_the_card_says_what_was_done(train, tiny_model, pairs_dir):
     assert all((output_dir / entry["output"]["url"]).is_file() for entry in card.data.widget)
     assert f"a local model, `{tiny_model.name}`" in card.text and f"a local folder, `{pairs_dir.name}`" in card.text
     for words in (
-        "pairs 8, ties left out 0, rows without a label 0, rows skipped 0", "2 updates of 2 pairs",
+        "pairs 8, ties left out 0, rows without a label 0, rows skipped 0, captions cut 0", "2 updates of 2 pairs",
         f"torch {torch.__version__}", "pipe.load_lora_weights(", "--max_train_steps 2", "## Limits",
         "Not known to the training script",
     ):  # fmt: skip
@@ -200,7 +226,7 @@ RECORD = {
     "processes": 1, "mixed_precision": "no", "data": {"pairs": 1}, "metrics": {}, "versions": {},
     "options": {
         "pretrained_model_name_or_path": "somebody/model", "dataset_name": "somebody/pairs", "train_data_dir": None,
-        "objective": "inpo", "output_dir": "out", "resolution": 512,
+        "objective": "inpo", "output_dir": "out", "resolution": 512, "lora_target_modules": ["to_q"],
     },
 }  # fmt: skip
 
@@ -215,10 +241,11 @@ def test_a_base_and_data_on_the_hub_are_linked_with_the_licence():
 
 
 def test_prompts_cannot_break_the_card():
-    prompts = {"<b>a</b>\n---\n# x: [y](z)": "validation/a.png", "": "validation/b.png"}
-    card = ModelCard(model_card(RECORD, prompts, {}, None))
+    prompts = {"<b>a</b>\n---\n# x: [y](z)": "validation/a.png", "# b": "validation/c.png", "": "validation/b.png"}
+    card = ModelCard(model_card({**RECORD, "command": "a.py '\n```\n# x'"}, prompts, {}, None))
+    assert "\n````\na.py" in card.text and "\n# b" not in card.text
     assert [entry["text"] for entry in card.data.widget] == list(prompts)
-    assert "&lt;b&gt;a&lt;/b&gt; ---" in card.text and "(empty prompt)" in card.text and "\n# x" not in card.text
+    assert "&lt;b&gt;a&lt;/b&gt; ---" in card.text and "(empty prompt)" in card.text
 
 
 def test_the_licence_of_a_local_base_is_read_from_its_card(tmp_path):

@@ -231,7 +231,7 @@ def test_the_first_update_lowers_the_winners_error_and_raises_the_losers(train, 
     pairs = train_inversion_dpo.load_pairs(args)
     dataset = PreferenceDataset(pairs, 64, num_targets, 0, False, False, 0.0)
     examples = [dataset[item] for item in next(iter(VisitBatches(len(pairs), 16, 0)))]
-    batch = train_inversion_dpo.collate(examples, tokenizers)
+    batch = train_inversion_dpo.collate(examples, tokenizers, {})
     latents = encode_images(vae, batch["pixel_values"], 8)
     cond = train_inversion_dpo.encode_prompts(text_encoders, batch["input_ids"], batch)
     timesteps = sample_timesteps(batch["uniforms"], 0, 999).repeat(1, 2)

@@ -415,9 +415,9 @@ def test_resuming_with_another_batch_goes_on_at_the_next_visit(train, monkeypatc
     visits = []
     original = train_inversion_dpo.collate
 
-    def collate(examples, tokenizers):
+    def collate(examples, *args, **options):
         visits.append([example["visit"] for example in examples])
-        return original(examples, tokenizers)
+        return original(examples, *args, **options)
 
     monkeypatch.setattr(train_inversion_dpo, "collate", collate)
     train(max_train_steps=3, checkpointing_steps=3, train_batch_size=2)
@@ -545,41 +545,59 @@ def test_lora_target_modules_by_name_and_by_pattern(train, targets, count):
         assert all("up_blocks" in key for key in weights)
 
 
-def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, monkeypatch, caplog):
-    """The same weights as if the pair were a tie, and its row by name."""
-    original = train_inversion_dpo.encode_images
-    calls = []
+@pytest.fixture
+def spoilt_latents(script, monkeypatch):
+    """Makes latents infinite: a dict of batch number, from 0, to the samples to spoil."""
+    spoil, original, calls = {}, script.encode_images, itertools.count()
 
-    def encode_images(vae, pixel_values, batch_size):
-        latents = original(vae, pixel_values, batch_size)
-        calls.append(len(latents))
-        if len(calls) == 2:
-            latents[1] = float("inf") if spoil else latents[1]  # the winner of the second pair
+    def encode_images(*args):
+        latents = original(*args)
+        latents[spoil.get(next(calls), [])] = float("inf")
         return latents
 
-    monkeypatch.setattr(train_inversion_dpo, "encode_images", encode_images)
-    spoil = True
-    spoilt = train("spoilt", max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
+    monkeypatch.setattr(script, "encode_images", encode_images)
+    return spoil
+
+
+def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, spoilt_latents, tmp_path, caplog):
+    """Whatever else the pair says: with another caption the weights are the same."""
+    batches = itertools.islice(train_inversion_dpo.VisitBatches(8, 2, 0), 2)
+    row = list(batches)[1][1][1]  # of the second pair of the second batch
+    rows, weights = pair_rows(8), {}
+    for name in ("as it was", "another caption"):
+        rows[row]["caption"] = "a heart" if name == "another caption" else rows[row]["caption"]
+        spoilt_latents.update({1: [1], 4: [1]})  # its winner, in either run
+        data = write_parquet(rows, tmp_path / f"{name} data")
+        output_dir = train(name, train_data_dir=data, max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
+        weights[name] = [lora(output_dir / f"checkpoint-{step}") for step in (1, 2, 3)]
+        record = json.loads((output_dir / "training_config.json").read_text())
+        assert record["data"]["rows skipped"] == 1 and record["metrics"]["bad_steps"] == 0
     names = [record.getMessage() for record in caplog.records if "latents are not finite" in record.getMessage()]
-    order = next(itertools.islice(train_inversion_dpo.VisitBatches(8, 2, 0), 1, 2))
-    assert names == [f"[RANK 0] row {order[1][1]} is skipped: its latents are not finite, the VAE overflows"]
-    spoil = False
-    calls.clear()
-    untouched = train("untouched", max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
-    assert_same(lora(spoilt / "checkpoint-1"), lora(untouched / "checkpoint-1"))
-    weights = lora(spoilt)
-    assert all(value.isfinite().all() for value in weights.values())
-    assert not any(torch.equal(value, lora(spoilt / "checkpoint-1")[key]) for key, value in weights.items())
-    record = json.loads((spoilt / "training_config.json").read_text())
-    assert record["data"]["rows skipped"] == 1 and record["metrics"]["bad_steps"] == 0
+    assert names == [f"[RANK 0] row {row} is skipped: its latents are not finite, the VAE overflows"] * 2
+    first, second, third = weights["as it was"]
+    for step in range(3):
+        assert_same(weights["as it was"][step], weights["another caption"][step])
+    assert not any(torch.equal(first[key], second[key]) or torch.equal(second[key], third[key]) for key in first)
+
+
+def test_a_vae_that_always_overflows_ends_the_run(train, spoilt_latents, tmp_path):
+    spoilt_latents.update({batch: [0, 1] for batch in range(2, 9)})
+    with pytest.raises(RuntimeError, match="no latents were finite for 3 updates in a row.*pretrained_vae"):
+        train(max_train_steps=9, max_bad_steps=3, checkpointing_steps=1)
+    saved = [lora(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 3, 4)]
+    assert_same(saved[0], saved[1])
+    assert_same(saved[0], saved[2])
 
 
 def test_long_captions_are_cut_counted_and_named(train, tmp_path, caplog):
     rows = pair_rows(4)
     rows[1]["caption"] = "a heart " * 9
     train(train_data_dir=write_parquet(rows, tmp_path / "long"), max_train_steps=4)
+    output_dir = tmp_path / "run"
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warnings == [
         "[RANK 0] row 1 has its caption cut: 56 tokens, of which 16 are read",
         "[RANK 0] 1 captions were longer than what is read",
     ]
+    assert json.loads((output_dir / "training_config.json").read_text())["data"]["captions cut"] == 1
+    assert "captions cut 1" in (output_dir / "README.md").read_text()

@@ -184,19 +184,39 @@ def test_same_weights_in_chunks_with_accumulation_and_after_a_stop(train):
     assert_same(lora(resumed), lora(whole))
 
 
-def test_a_vae_that_overflows_is_named_by_row(train, tmp_path, script, monkeypatch, caplog):
-    """One winner's latent is infinite: its row is named, the rest is trained on."""
-    original = script.encode_images
+@pytest.mark.parametrize("zeros", [True, False])
+def test_empty_prompts_are_what_the_pipeline_takes_them_for(train, tiny_model, tmp_path, script, monkeypatch, zeros):
+    """All zeros where the model says so, as its unconditional branch was trained; else the empty text's embeddings."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    write_json(folder / "model_index.json", force_zeros_for_empty_prompt=zeros)
+    seen = []
+    original = script.predict_noise
 
-    def encode_images(*args):
-        latents = original(*args)
-        latents[0] = float("inf")
-        return latents
+    def predict_noise(unet, x_t, timesteps, cond, *args):
+        seen.append(cond)
+        return original(unet, x_t, timesteps, cond, *args)
 
-    monkeypatch.setattr(script, "encode_images", encode_images)
-    weights = lora(train(max_train_steps=1, max_train_samples=2))
-    assert sum("its latents are not finite" in record.getMessage() for record in caplog.records) == 1
-    assert all(value.isfinite().all() for value in weights.values())
+    monkeypatch.setattr(script, "predict_noise", predict_noise)
+    train(
+        pretrained_model_name_or_path=folder, max_train_steps=2, train_batch_size=4, proportion_empty_prompts=0.5,
+        objective="inpo", inversion_steps=1, inversion_guidance_scale=2.0,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder)
+    _, empty, _, empty_pooled = pipe.encode_prompt("a red circle", device="cpu", do_classifier_free_guidance=True)
+    assert (empty == 0).all() == (empty_pooled == 0).all() == zeros
+    embeds, pooled = seen[0]["encoder_hidden_states"], seen[0]["added_cond_kwargs"]["text_embeds"]
+    torch.testing.assert_close(embeds[8:], empty.expand(8, -1, -1))  # the unconditional half
+    torch.testing.assert_close(pooled[8:], empty_pooled.expand(8, -1))
+    emptied = torch.tensor([torch.allclose(row, empty[0]) for row in embeds[:8]])
+    assert 0 < emptied.sum() < 8 and torch.equal(emptied[:4], emptied[4:])
+    assert torch.equal(emptied, torch.tensor([torch.allclose(row, empty_pooled[0]) for row in pooled[:8]]))
+
+
+def test_a_model_folder_without_an_index_is_enough(train, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "model_index.json").unlink()
+    drawing = {"validation_prompts": ["a red circle"], "num_validation_images": 1, "validation_inference_steps": 1}
+    assert (train(pretrained_model_name_or_path=folder, **drawing) / "validation").is_dir()
 
 
 @pytest.mark.parametrize(
