@@ -754,11 +754,11 @@ def main(argv=None):
             f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
         )
         if bad_steps_in_a_row >= args.max_bad_steps:
-            culprit, remedy = "loss or gradient were", "a lower --learning_rate, or bf16 instead of fp16"
+            culprit, remedy = "loss or gradient were not finite", "a lower --learning_rate, or bf16 instead of fp16"
             if not usable_share:
-                culprit, remedy = "no latents were", "another precision or --pretrained_vae_model_name_or_path"
+                culprit, remedy = "no latents were finite", "another precision or --pretrained_vae_model_name_or_path"
             raise RuntimeError(
-                f"{culprit} finite for {bad_steps_in_a_row} updates in a row; the LoRA and the last checkpoint are "
+                f"{culprit} for {bad_steps_in_a_row} updates in a row; the LoRA and the last checkpoint are "
                 f"as they were before. Try {remedy}"
             )
         if good_steps == 10 and is_zero_lora(base):
