@@ -524,14 +524,16 @@ def test_a_signal_to_the_whole_group_spares_the_workers(tiny_model, pairs_dir, t
     assert not (tmp_path / "run" / LORA_FILE).exists()
 
 
-def test_training_at_a_subset_of_timesteps(train, timesteps_seen):
+def test_training_at_a_subset_of_timesteps(train, timesteps_seen, monkeypatch):
     """As a distilled model is sampled: no other timestep is a target."""
     subset = [999, 249, 749, 499]
     train("one", timesteps_subset=subset, objective="inpo", train_batch_size=8, max_train_steps=2)
     assert set(torch.cat(timesteps_seen).flatten().tolist()) == set(subset)
     timesteps_seen.clear()
-    train("all", timesteps_subset=subset, inversion_steps=4, max_train_steps=1)
+    calls = count_calls(monkeypatch)
+    train("all", timesteps_subset=subset, max_train_steps=1)
     assert all(column.tolist() == sorted(subset) for column in timesteps_seen[0].T)
+    assert calls == [(4, False)] * 5 + [(16, True)]  # at t = 0 and the four of the subset, then the policy's
 
 
 @pytest.mark.parametrize(

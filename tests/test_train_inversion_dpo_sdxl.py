@@ -31,6 +31,20 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def seen(script, monkeypatch):
+    """The conditioning of every U-Net call."""
+    conditions = []
+    original = script.predict_noise
+
+    def predict_noise(unet, x_t, timesteps, cond, *args):
+        conditions.append(cond)
+        return original(unet, x_t, timesteps, cond, *args)
+
+    monkeypatch.setattr(script, "predict_noise", predict_noise)
+    return conditions
+
+
 def mixed_rows(num_rows=4):
     """Pairs whose winner is 40 x 32 and whose loser is 96 x 64 (width x height)."""
     rng = np.random.default_rng(0)
@@ -71,16 +85,8 @@ def test_the_first_update_tells_winner_from_loser(train, tmp_path, scheduler):
     assert logged(output_dir, "loss")[1] < logged(output_dir, "loss")[0]
 
 
-def test_the_conditioning_is_the_pipelines(train, tiny_model, tmp_path, script, monkeypatch):
+def test_the_conditioning_is_the_pipelines(train, tiny_model, tmp_path, seen):
     """Embeddings, pooled embeddings and each image's own time_ids, the same for inversion, policy and reference."""
-    seen = []
-    original = script.predict_noise
-
-    def predict_noise(unet, x_t, timesteps, cond, *args):
-        seen.append(cond)
-        return original(unet, x_t, timesteps, cond, *args)
-
-    monkeypatch.setattr(script, "predict_noise", predict_noise)
     train(
         train_data_dir=write_parquet(mixed_rows(), tmp_path / "mixed"), max_train_steps=1, train_batch_size=2,
         objective="inpo", inversion_model="policy", inversion_steps=2,
@@ -112,14 +118,7 @@ def test_the_conditioning_matters(train, tmp_path, script, monkeypatch):
     assert not any(torch.equal(value, fixed[key]) for key, value in right.items())
 
 
-def test_guidance_leaves_the_micro_conditioning_alone(train, tmp_path, script, monkeypatch):
-    seen = []
-    original = script.predict_noise
-    monkeypatch.setattr(
-        script,
-        "predict_noise",
-        lambda unet, x_t, t, cond, *args: seen.append(cond) or original(unet, x_t, t, cond, *args),
-    )
+def test_guidance_leaves_the_micro_conditioning_alone(train, tmp_path, seen):
     data = write_parquet(mixed_rows(), tmp_path / "mixed")
     train(train_data_dir=data, max_train_steps=1, objective="inpo", inversion_steps=1, inversion_guidance_scale=2.0)
     given, empty = (seen[0]["added_cond_kwargs"][name].chunk(2) for name in ("time_ids", "text_embeds"))
@@ -185,18 +184,10 @@ def test_same_weights_in_chunks_with_accumulation_and_after_a_stop(train):
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_empty_prompts_are_what_the_pipeline_takes_them_for(train, tiny_model, tmp_path, script, monkeypatch, zeros):
+def test_empty_prompts_are_what_the_pipeline_takes_them_for(train, tiny_model, tmp_path, seen, zeros):
     """All zeros where the model says so, as its unconditional branch was trained; else the empty text's embeddings."""
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     write_json(folder / "model_index.json", force_zeros_for_empty_prompt=zeros)
-    seen = []
-    original = script.predict_noise
-
-    def predict_noise(unet, x_t, timesteps, cond, *args):
-        seen.append(cond)
-        return original(unet, x_t, timesteps, cond, *args)
-
-    monkeypatch.setattr(script, "predict_noise", predict_noise)
     train(
         pretrained_model_name_or_path=folder, max_train_steps=2, train_batch_size=4, proportion_empty_prompts=0.5,
         objective="inpo", inversion_steps=1, inversion_guidance_scale=2.0,
