@@ -815,6 +815,7 @@ def main(argv=None):
                 push_failed = True
             else:
                 logger.info(f"Pushed to {repo_id}")
+    accelerator.wait_for_everyone()  # a process that takes the group down while another is at work may hang
     accelerator.end_training()
     if is_unfinished:
         sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
