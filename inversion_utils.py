@@ -1187,7 +1187,7 @@ def draw_side_by_side(title: str, rows: dict[str, list[Image.Image | None]], col
     """Returns one picture with a row of samples per label, equal seeds below each other, `title` above."""
     columns = list(columns)
     sizes = [sample.width for samples in rows.values() for sample in samples if sample is not None]
-    side, gap, left, line = min(512, max(256, *sizes, 0)), 8, 104, 22
+    side, gap, left, line = min(512, max([256, *sizes])), 8, 104, 22
     font = ImageFont.load_default(15)
     width = left + len(columns) * (side + gap)
     title = textwrap.wrap(title, max(10, (width - 2 * gap) // 8)) or ["(empty prompt)"]
@@ -1339,7 +1339,7 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], license: dict[s
         for prompt, file in pictures.items()
     )
     metrics = "\n".join(f"| `{name}` | {value:.4g} |" for name, value in record["metrics"].items())
-    fence = "`" * max(3, *(len(ticks) + 1 for ticks in re.findall("`+", record["command"])), 0)
+    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", record["command"]))])
     library_versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"""---
 {metadata.to_yaml()}

@@ -368,10 +368,9 @@ def load_noise_scheduler(args):
         part = f"vae ({vae_path})"
         vae = AutoencoderKL.load_config(vae_path, **vae_where)
     except (OSError, ValueError, NotImplementedError) as error:
-        kind = load_model_index(args).get("_class_name", "folder without model_index.json")
-        raise ValueError(
-            f"{source} (a {kind}) has no usable {part}, which this script needs: {one_line(error)}"
-        ) from error
+        kind = load_model_index(args).get("_class_name")
+        source += f" (a {kind})" if kind else ""
+        raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
     check_family(source, unet)
     if args.lora_target_modules != list(LORA_TARGETS):
         check_lora_targets(unet, args.lora_target_modules)

