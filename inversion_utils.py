@@ -16,20 +16,29 @@ travel in one batch (2B, ...): the B winners first, then the B losers.
 """
 
 import argparse
+import base64
+import binascii
+import concurrent.futures
 import contextlib
 import html
 import importlib.metadata
 import io
+import itertools
 import json
 import math
+import pickle
 import platform
 import re
 import shlex
 import shutil
 import signal
+import string
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -359,12 +368,15 @@ def preference_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
+    strength: torch.Tensor | None = None,
+    is_tie: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Returns the preference loss of each pair and its metrics (Wallace et al. 2023, arXiv 2311.12908, equation 14).
 
     With the log-ratio a = -(policy_error - reference_error), positive where the policy predicts better than the
     reference, the logits are (beta / 2) (a_w - a_l). Minimising the loss lowers the winner's error and raises the
-    loser's.
+    loser's. A `strength` below 1, of a preference that is less than certain, scales the logits in the loss (SmPO,
+    arXiv 2506.02698). A tie pulls them towards zero.
 
         sigmoid  -log sigmoid(logits); with label smoothing e: -(1 - e) log sigmoid(logits) - e log sigmoid(-logits)
         hinge    relu(1 - logits)                   (SLiC, arXiv 2305.10425)
@@ -374,12 +386,15 @@ def preference_loss(
         policy_error, reference_error: (..., 2B), the B winners first, then the B losers.
         beta: the tie to the reference, "beta T omega" in Diffusion-DPO: larger keeps the policy closer.
         loss_type: "sigmoid", "hinge" or "ipo".
-        label_smoothing: in [0, 0.5), the share of labels believed wrong; sigmoid only.
+        label_smoothing: in [0, 0.5), the share of labels believed wrong; sigmoid only. A tie is one of one half.
+        strength: (B,) in [0, 1], 1 for each if None.
+        is_tie: (B,) bool, whether neither image is better, False for each if None; not with hinge.
 
     Returns:
         loss: (..., B), not reduced.
         metrics: detached (..., B): rewards/chosen = (beta / 2) a_w, rewards/rejected = (beta / 2) a_l,
-            rewards/accuracies (a tie counts one half) and rewards/margins = chosen - rejected, the logits.
+            rewards/accuracies (one half for equal rewards and for ties) and rewards/margins = chosen - rejected,
+            the logits before they are scaled.
 
     Raises:
         ValueError: for an unknown loss type, label smoothing with a loss that has none, or errors of odd shape.
@@ -393,20 +408,25 @@ def preference_loss(
         raise ValueError(f"loss_type is {loss_type!r}; allowed: {', '.join(LOSS_TYPES)}")
     if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss_type != "sigmoid"):
         raise ValueError(f"label_smoothing is {label_smoothing}; allowed: [0, 0.5), and only with loss_type 'sigmoid'")
+    if loss_type == "hinge" and is_tie is not None and is_tie.any():
+        raise ValueError("hinge has no loss for ties; use 'sigmoid' or 'ipo'")
     rewards = beta / 2 * (reference_error - policy_error)
     chosen, rejected = rewards.chunk(2, dim=-1)
-    logits = chosen - rejected
+    margins = chosen - rejected
+    logits = margins if strength is None else strength * margins
+    is_tie = torch.zeros_like(logits, dtype=torch.bool) if is_tie is None else is_tie.expand_as(logits)
     if loss_type == "sigmoid":
-        loss = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+        smoothing = torch.full_like(logits, label_smoothing).masked_fill(is_tie, 0.5)
+        loss = -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
     elif loss_type == "hinge":
         loss = F.relu(1 - logits)
     else:
-        loss = (logits - 0.5).square()
+        loss = (logits - torch.full_like(logits, 0.5).masked_fill(is_tie, 0.0)).square()
     metrics = {
         "rewards/chosen": chosen.detach(),
         "rewards/rejected": rejected.detach(),
-        "rewards/accuracies": (logits.detach().sign() + 1) / 2,
-        "rewards/margins": logits.detach(),
+        "rewards/accuracies": torch.where(is_tie, 0.5, (margins.detach().sign() + 1) / 2),
+        "rewards/margins": margins.detach(),
     }
     return loss, metrics
 
@@ -445,20 +465,406 @@ def backward_in_chunks(
 
 
 class Pair(NamedTuple):
-    """A winner and a loser, as anything `decode_image` takes, and their caption."""
+    """Two images of one caption, the better one first.
+
+    Attributes:
+        winner, loser: encoded bytes, or PIL images.
+        captions: one caption or more; a visit takes one of them at random.
+        margin: by how much the winner's score is above the loser's, NaN where the data have no scores.
+        is_tie: neither image is better; `winner` is then the one that stands first.
+    """
 
     winner: Any
     loser: Any
-    caption: str
+    captions: list[str]
+    margin: float = math.nan
+    is_tie: bool = False
+
+
+class Choice(NamedTuple):
+    """Which two images of a row are a pair, by their places among the row's images; else as in `Pair`."""
+
+    winner: int
+    loser: int
+    margin: float = math.nan
+    is_tie: bool = False
 
 
 class BadRow(Exception):
-    """A data row that cannot become a training example; the message says why."""
+    """A data row that cannot become a training example. The message is "reason" or "reason: details"."""
+
+
+def count_by_reason(reasons: Iterable[str]) -> Counter:
+    """Returns how often each reason occurs in messages of `BadRow`."""
+    return Counter(reason.partition(": ")[0] for reason in reasons)
+
+
+def exceeds(num_bad: float, fraction: float, num_rows: float) -> bool:
+    """Whether clearly more than a fraction of so many rows are bad: by three standard deviations of the count."""
+    expected = fraction * num_rows
+    return num_bad > expected + 3 * math.sqrt(expected)
 
 
 def one_line(error: Exception) -> str:
     """Returns the beginning of an error's message, for a message of our own."""
     return " ".join(str(error).split())[:300]
+
+
+def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
+    """Returns an argparse type: a finite int or float within the bounds."""
+    bounds = {"at least": least, "above": above, "at most": most, "below": below}
+    allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and above < value < below and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"is {text}; allowed: {allowed}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where `kind` itself cannot read the text
+    return parse
+
+
+def label_meaning(text: str) -> list[str | float]:
+    """An argparse type: "left=1" says what a label means, 1 that image 0 won, 0 that image 1 did, 0.5 a tie."""
+    label, _, meaning = text.rpartition("=")
+    if not label or meaning not in ("0", "1", "0.5", ".5"):
+        raise argparse.ArgumentTypeError(f"is {text}; allowed: LABEL=1, LABEL=0 and LABEL=0.5, such as left=1")
+    return [label.strip().lower(), float(meaning)]
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Which columns of the data are a pair, in one of four shapes; the fields are options of the scripts.
+
+        labels    two images, and a label that says whether image 0 won: Pick-a-Pic's shape, the default
+        winners   a winner's column and a loser's
+        scores    two images with a score each, higher is better
+        groups    a list of images with a list of scores, of which pairs are made
+
+    A column may be a nested field, "prompt.text"; a field of a list's items, "images.score", is the list of them.
+    """
+
+    image_0_column: str = "jpg_0"
+    image_1_column: str = "jpg_1"
+    label_column: str = "label_0"
+    label_map: list[tuple[str, float]] | None = None
+    winner_column: str | None = None
+    loser_column: str | None = None
+    score_0_column: list[str] | None = None
+    score_1_column: list[str] | None = None
+    images_column: str | None = None
+    scores_column: list[str] | None = None
+    score_weights: list[float] | None = None
+    min_score_margin: float = 0.0
+    pairs_per_group: str = "best_worst"
+    caption_column: str = "caption"
+    caption_template: str | None = None
+    tie_policy: str = "drop"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "PairColumns":
+        """Returns what the options of `add_data_options` say."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    @property
+    def shape(self) -> str:
+        if self.winner_column:
+            return "winners"
+        if self.images_column:
+            return "groups"
+        return "scores" if self.score_0_column else "labels"
+
+    def image_columns(self) -> dict[str, str]:
+        """Returns the columns of images by their options."""
+        if self.shape == "winners":
+            return {"--winner_column": self.winner_column, "--loser_column": self.loser_column}
+        if self.shape == "groups":
+            return {"--images_column": self.images_column}
+        return {"--image_0_column": self.image_0_column, "--image_1_column": self.image_1_column}
+
+    def other_columns(self) -> list[tuple[str, str]]:
+        """Returns (option, column) of all that is not an image."""
+        columns = []
+        if self.shape == "labels":
+            columns.append(("--label_column", self.label_column))
+        for option in ("score_0_column", "score_1_column", "scores_column"):
+            columns += [(f"--{option}", column) for column in getattr(self, option) or ()]
+        if not self.caption_template:
+            return [*columns, ("--caption_column", self.caption_column)]
+        return columns + [("--caption_template", column) for _, column in self._template() if column]
+
+    def _template(self) -> list[tuple[str, str | None]]:
+        """Returns the template as pieces of text, each followed by a column or None."""
+        return [(text, column) for text, column, _, _ in string.Formatter().parse(self.caption_template)]
+
+    def check(self, names: Sequence[str], features: dict[str, Any] | None) -> None:
+        """Raises ValueError if the data lack a column, or one cannot hold what it is said to hold."""
+        options = [*self.image_columns().items(), *self.other_columns()]
+        for option, path in options:
+            if column_of(path, names) is None:
+                raise ValueError(f"{option} {path}: the data has no such column, only {', '.join(names)}")
+        for option, path in options if features else []:
+            kinds = {"--label_column": None, "--caption_template": None, "--caption_column": "text"}
+            kinds |= dict.fromkeys(("--score_0_column", "--score_1_column", "--scores_column"), "numbers")
+            _check_column_type(option, path, feature_at(option, path, features), kinds.get(option, "images"))
+
+    def images(self, row: dict[str, Any]) -> list[Any]:
+        """Returns the images of a row in order, as they are stored."""
+        images = [value_at(row, path) for path in self.image_columns().values()]
+        if self.shape != "groups":
+            return images
+        scores = self._scores(row)
+        if not isinstance(images[0], list) or len(images[0]) != len(scores):
+            count = len(images[0]) if isinstance(images[0], list) else "no"
+            raise BadRow(f"images and scores differ in number: {count} images, {len(scores)} scores")
+        return images[0]
+
+    def choices(self, row: dict[str, Any]) -> list[Choice]:
+        """Returns the pairs of a row, ties among them; looks at no image.
+
+        Raises:
+            BadRow: if there is no valid label or score.
+        """
+        if self.shape == "winners":
+            return [Choice(0, 1)]
+        if self.shape == "labels":
+            value = self._label(value_at(row, self.label_column))
+            return [Choice(0, 1) if value == 1 else Choice(1, 0) if value == 0 else Choice(0, 1, is_tie=True)]
+        scores = self._scores(row)
+        places = [place for place, score in enumerate(scores) if not math.isnan(score)]
+        if len(places) < 2:
+            raise BadRow("no score" if self.shape == "scores" else "fewer than two images with a score")
+        places.sort(key=lambda place: -scores[place])
+        if self.pairs_per_group == "all":
+            chosen = itertools.combinations(places, 2)
+        else:
+            chosen = itertools.pairwise(places if self.pairs_per_group == "adjacent" else [places[0], places[-1]])
+        margins = [(winner, loser, scores[winner] - scores[loser]) for winner, loser in chosen]
+        return [
+            Choice(winner, loser, margin, margin == 0 or margin < self.min_score_margin)
+            for winner, loser, margin in margins
+        ]
+
+    def _label(self, label: Any) -> float:
+        if label is None or label != label:
+            raise BadRow("no label")
+        if self.label_map:
+            is_whole = isinstance(label, float) and label.is_integer()
+            label = dict(self.label_map).get(str(int(label) if is_whole else label).strip().lower(), label)
+        if isinstance(label, str) or label not in (0, 0.5, 1):
+            raise BadRow(
+                f"label not understood: --label_column {self.label_column} holds {label!r:.80}, none of 0, 0.5, 1 "
+                "nor named by --label_map"
+            )
+        return label
+
+    def _scores(self, row: dict[str, Any]) -> list[float]:
+        """Returns the score of each image, NaN for one that has none."""
+        if self.shape == "scores":
+            columns = [
+                [value_at(row, path) for path in pair]
+                for pair in zip(self.score_0_column, self.score_1_column, strict=True)
+            ]
+        else:
+            columns = [value_at(row, path) for path in self.scores_column]
+        if not all(isinstance(column, list) for column in columns):
+            raise BadRow("no score")
+        if len({len(column) for column in columns}) > 1:
+            raise BadRow(f"columns of scores differ in number: {' and '.join(str(len(c)) for c in columns)}")
+        weights = self.score_weights or [1.0] * len(columns)
+        return [
+            sum(
+                weight * (math.nan if score is None or not math.isfinite(score) else score)
+                for weight, score in zip(weights, of_one_image, strict=True)
+            )
+            for of_one_image in zip(*columns, strict=True)
+        ]
+
+    def captions(self, row: dict[str, Any]) -> list[str]:
+        """Returns the captions of a row, at least one; raises BadRow if there is none."""
+        if self.caption_template:
+            values = [(text, as_text(value_at(row, column)) if column else "") for text, column in self._template()]
+            if any(value for _, value in values):
+                return [" ".join("".join(text + value for text, value in values).split()).strip(" ,;")]
+            raise BadRow("no caption: all columns of --caption_template are empty")
+        value = value_at(row, self.caption_column)
+        captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        captions = [text for text in captions if text.strip()]
+        if not captions:
+            raise BadRow(f"no caption: it is {value!r:.80}")
+        return captions
+
+
+def column_of(path: str, names: Iterable[str]) -> str | None:
+    """Returns the column that a path "column.field.field" begins with; column names may contain dots."""
+    return max((name for name in names if path == name or path.startswith(name + ".")), key=len, default=None)
+
+
+def value_at(row: dict[str, Any], path: str) -> Any:
+    """Returns what a row holds at a path, None if nothing; fields of a list's items are a list."""
+    column = column_of(path, row)
+    value = row[column] if column is not None else None
+    for field in path[len(column or path) + 1 :].split(".") if path != column else []:
+        if isinstance(value, list):
+            value = [item.get(field) if isinstance(item, dict) else None for item in value]
+        else:
+            value = value.get(field) if isinstance(value, dict) else None
+    return value
+
+
+def feature_at(option: str, path: str, features: dict[str, Any]) -> Any:
+    """Returns the `datasets` feature at a path; raises ValueError if the column has no such field."""
+    column = column_of(path, features)
+    feature, is_list = features[column], False
+    for field in path[len(column) + 1 :].split(".") if path != column else []:
+        while hasattr(feature, "feature"):
+            feature, is_list = feature.feature, True
+        if not isinstance(feature, dict) or field not in feature:
+            found = ", ".join(feature) if isinstance(feature, dict) else "none"
+            raise ValueError(f"{option} {path}: {column} has no field {field}, only {found}")
+        feature = feature[field]
+    return [feature] if is_list else feature
+
+
+def _check_column_type(option: str, column: str, feature: Any, needed: str | None) -> None:
+    """Raises ValueError if a column holds something else than images, text or numbers."""
+    is_list = isinstance(feature, list) or hasattr(feature, "feature")
+    if is_list:
+        feature = feature[0] if isinstance(feature, list) else feature.feature
+    kind = str(getattr(feature, "dtype", feature))
+    is_image = isinstance(feature, dict) and {"bytes", "path"} & feature.keys()
+    fits = {
+        "images": is_image or kind in ("string", "large_string", "binary", "large_binary", "PIL.Image.Image"),
+        "text": kind in ("string", "large_string"),
+        "numbers": kind.startswith(("float", "int", "uint", "decimal")),
+        None: True,
+    }[needed]
+    if option in ("--images_column", "--scores_column"):
+        needed, fits = f"lists of {needed}", fits and is_list
+    elif option != "--caption_column" and needed is not None:  # a caption may be one of a list
+        fits = fits and not is_list
+    if not fits and kind != "null":
+        kind = f"lists of {kind}" if is_list else kind
+        raise ValueError(f"{option} {column}: the column holds {kind}; needed: {needed}")
+
+
+def as_text(value: Any) -> str:
+    """Returns a value of a structured caption in words: lists with commas, the parts of an item with blanks."""
+    if isinstance(value, dict):
+        value = list(value.values())
+        return " ".join(filter(None, map(as_text, value)))
+    if isinstance(value, list):
+        items = (" ".join(filter(None, map(as_text, v))) if isinstance(v, list) else as_text(v) for v in value)
+        return ", ".join(filter(None, items))
+    return "" if value is None or value != value else str(value).strip()
+
+
+def add_data_options(add: Callable[..., Any]) -> None:
+    """Adds the options that say where preference pairs are and how they are read; `check_data_options` checks them."""
+    defaults = PairColumns()
+    # fmt: off
+    add("--dataset_name", help="preference pairs: whatever datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split_name", default="train", help="split to train on")
+    add("--train_data_dir", help="instead of a name: a folder of parquet or arrow files, of save_to_disk, of JSONL or "
+        "CSV with image paths, an image folder with metadata, folders of equal file names; or one such file")
+    add("--streaming", action="store_true", help="read the data from beginning to end without a copy on the disk")
+    add("--shuffle_buffer_size", type=number(int, least=1), default=256,
+        help="rows of a stream that are mixed at a time; more mix better and take memory")
+    add("--image_0_column", default=defaults.image_0_column,
+        help="column of the first image: encoded bytes, paths, images or base64")
+    add("--image_1_column", default=defaults.image_1_column, help="column of the second image")
+    add("--label_column", default=defaults.label_column,
+        help="column that is 1 where image 0 won, 0 where image 1 won, 0.5 for a tie")
+    add("--label_map", nargs="+", type=label_meaning, metavar="LABEL=MEANING",
+        help="what other labels mean: left=1 right=0 tie=0.5")
+    add("--winner_column", help="instead of a label: column of the better image")
+    add("--loser_column", help="column of the worse image")
+    add("--score_0_column", nargs="+", help="instead of a label: column of image 0's score, higher is better")
+    add("--score_1_column", nargs="+", help="column of image 1's score")
+    add("--images_column", help="instead of two images: column of a list of images for one caption")
+    add("--scores_column", nargs="+", help="column of the list of their scores, higher is better")
+    add("--score_weights", nargs="+", type=number(float), metavar="WEIGHT",
+        help="weights of several columns of scores, which are summed; below 0 where lower is better")
+    add("--min_score_margin", type=number(float, least=0), default=defaults.min_score_margin,
+        help="pairs with scores closer than this are ties; higher keeps fewer, clearer pairs")
+    add("--pairs_per_group", choices=["best_worst", "all", "adjacent"], default=defaults.pairs_per_group,
+        help="which pairs are made of a group of images, ranked by score")
+    add("--caption_column", default=defaults.caption_column,
+        help="column of the caption, or of a list of which each visit takes one at random")
+    add("--caption_template", help='instead of a column: text with columns in braces, "{objects}, {style}"')
+    add("--tie_policy", choices=["drop", "soft"], default=defaults.tie_policy,
+        help="leave ties out, or train towards no preference between the two images")
+    add("--max_train_samples", type=number(int, least=1), help="train on the first so many pairs only")
+    add("--min_image_size", type=number(int, least=1), default=1,
+        help="skip pairs with an image whose shorter side has fewer pixels; higher is pickier")
+    add("--max_bad_fraction", type=number(float, least=0, most=1), default=0.1,
+        help="end the run if a larger share of the rows cannot be used; higher tolerates more")
+    # fmt: on
+
+
+def check_data_options(args: argparse.Namespace, error: Callable[[str], None]) -> None:
+    """Ends the run by `error` if options of `add_data_options` contradict each other."""
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        error("give the data by either --dataset_name or --train_data_dir")
+    defaults = PairColumns()
+    couples = [("winner_column", "loser_column"), ("score_0_column", "score_1_column"),
+               ("images_column", "scores_column")]  # fmt: skip
+    for couple in couples:
+        given = [name for name in couple if getattr(args, name)]
+        if len(given) == 1:
+            error(f"--{couple[0]} and --{couple[1]} go together; only --{given[0]} is given")
+    given = [couple[0] for couple in couples if getattr(args, couple[0])]
+    if len(given) > 1:
+        error(f"--{given[0]} and --{given[1]} exclude each other: they are two shapes of data")
+    columns = PairColumns.of(args)
+    others = {
+        "labels": (),
+        "winners": ("label_column", "label_map", "image_0_column", "image_1_column"),
+        "scores": ("label_column", "label_map"),
+        "groups": ("label_column", "label_map", "image_0_column", "image_1_column"),
+    }
+    for name in others[columns.shape]:
+        if getattr(args, name) != getattr(defaults, name):
+            error(f"--{name} and --{given[0]} exclude each other: they are two shapes of data")
+    if columns.shape not in ("scores", "groups"):
+        for name in ("score_weights", "min_score_margin"):
+            if getattr(args, name) != getattr(defaults, name):
+                error(f"--{name} goes with --score_0_column or --scores_column")
+    if columns.shape != "groups" and args.pairs_per_group != defaults.pairs_per_group:
+        error("--pairs_per_group goes with --images_column")
+    if columns.shape == "winners" and args.tie_policy != "drop":
+        error("--tie_policy soft goes with labels or scores: with --winner_column there are no ties")
+    if args.score_0_column and len(args.score_0_column) != len(args.score_1_column):
+        error(f"--score_0_column names {len(args.score_0_column)} columns, --score_1_column "
+              f"{len(args.score_1_column)}; allowed: as many")  # fmt: skip
+    scores = args.score_0_column or args.scores_column or ()
+    if args.score_weights and len(args.score_weights) != len(scores):
+        error(f"--score_weights has {len(args.score_weights)} numbers; allowed: {len(scores)}, one a column of scores")
+    if args.caption_template is not None:
+        if args.caption_column != defaults.caption_column:
+            error("--caption_column and --caption_template exclude each other")
+        try:
+            pieces = list(string.Formatter().parse(args.caption_template))
+        except ValueError as problem:
+            error(f"--caption_template {args.caption_template!r}: {problem}")
+        if not any(column for _, column, _, _ in pieces) or any(
+            column == "" or spec or conversion for _, column, spec, conversion in pieces
+        ):
+            error(f"--caption_template is {args.caption_template!r}; allowed: text with columns in braces")
+    if not args.streaming and args.shuffle_buffer_size != 256:
+        error("--shuffle_buffer_size goes with --streaming")
+
+
+class Source(NamedTuple):
+    """Data rows, a `datasets.Dataset` or `IterableDataset`, and the folder that relative image paths belong to."""
+
+    rows: Any
+    image_root: Path
+
+
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 
 
 def load_rows(
@@ -467,154 +873,475 @@ def load_rows(
     train_data_dir: str | None = None,
     split: str = "train",
     cache_dir: str | None = None,
-):
-    """Returns the `datasets.Dataset` of a split: of a data set by name, or of a local folder.
+    streaming: bool = False,
+    image_columns: Sequence[str] = (),
+    caption_column: str = "caption",
+) -> Source:
+    """Returns the rows of a split: of a data set by name, or of a local folder or file.
 
     Args:
         dataset_name, dataset_config_name: whatever `datasets.load_dataset` takes.
-        train_data_dir: instead of a name, a folder that `save_to_disk` wrote, or one with parquet files.
+        train_data_dir: instead of a name, a folder or file of the kinds that README.md lists.
+        streaming: return an `IterableDataset`, which is read from beginning to end and leaves no copy on the disk.
+        image_columns: if the folder has subfolders of all these names, then these are the columns, and files of equal
+            names below them the rows, with their captions in .txt or JSONL files, see `rows_of_folders`.
 
     Raises:
         ValueError: if there is nothing to load, in one line that names the option.
     """
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+    from datasets import Dataset, IterableDataset, disable_progress_bars, load_dataset, load_from_disk
 
     disable_progress_bars()
     source = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
+    path = Path(train_data_dir or dataset_name)
+    root = path if path.is_dir() else path.parent
+    load = partial(load_dataset, split=split, cache_dir=cache_dir, streaming=streaming)
     try:
         if dataset_name:
-            rows = load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
-        elif not (folder := Path(train_data_dir)).is_dir():
-            raise FileNotFoundError("no such folder")
-        elif (folder / "state.json").exists():
-            rows = load_from_disk(folder)
-        elif (folder / "dataset_dict.json").exists():
-            rows = load_from_disk(folder / split)
-        elif files := parquet_files(folder, split):
-            rows = load_dataset("parquet", data_files={split: files}, split=split, cache_dir=cache_dir)
+            rows = load(dataset_name, dataset_config_name)
+        elif not path.exists():
+            raise FileNotFoundError("no such folder or file")
+        elif (path / "state.json").exists():
+            rows = load_from_disk(path)
+        elif (path / "dataset_dict.json").exists():
+            rows = load_from_disk(path / split)
+        elif image_columns and all((path / column).is_dir() for column in image_columns):
+            rows = Dataset.from_list(rows_of_folders(path, image_columns, caption_column))
+        elif path.is_dir() and any((path / f"metadata.{kind}").exists() for kind in ("jsonl", "csv", "parquet")):
+            rows = load("imagefolder", data_dir=str(path))
         else:
-            raise FileNotFoundError("the folder holds no parquet files of this split, nor what save_to_disk writes")
+            builder, files = find_data_files(path, split)
+            root = files[0].parent
+            rows = load(builder, data_files={split: [str(file) for file in files]})
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
         raise ValueError(f"{source}, split {split!r}, cannot be loaded: {one_line(error)}") from error
-    if isinstance(rows, DatasetDict) or not hasattr(rows, "column_names"):
-        raise ValueError(f"{source} is not a single split of a map-style data set")
-    return rows
+    if not isinstance(rows, Dataset | IterableDataset):
+        raise ValueError(f"{source} is not a single split")
+    if streaming and isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset()
+    return Source(rows, root)
 
 
-def parquet_files(folder: Path, split: str) -> list[str]:
-    """Returns the folder's parquet files of a split: named after it, or in a folder that is; for "train" else all."""
-    files = sorted(folder.rglob("*.parquet"))
-    own = [f for f in files if f.name.startswith(split) or split in f.relative_to(folder).parent.parts]
-    return [str(file) for file in own or (files if split == "train" else [])]
+DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def _check_column_type(option: str, column: str, feature) -> None:
-    """Raises ValueError if a column of images or captions holds something else."""
-    kind = str(getattr(feature, "dtype", feature))
-    text, needed = {"string", "large_string"}, "text"
-    if "image" in option:
-        text, needed = text | {"binary", "large_binary", "PIL.Image.Image"}, "images, encoded bytes or paths"
-        if isinstance(feature, dict) and {"bytes", "path"} & feature.keys():
-            return
-    elif "caption" not in option:
-        return
-    if kind not in text:
-        raise ValueError(f"{option} {column}: the column holds {kind}; needed: {needed}")
+def find_data_files(path: Path, split: str) -> tuple[str, list[Path]]:
+    """Returns the files of a split at a path and the name of the `datasets` builder that reads them.
 
-
-class LabelledPairs:
-    """Preference pairs in Pick-a-Pic's shape: each row has two images, a caption, and a label for image 0.
-
-    Label 1 means that image 0 won, 0 that image 1 won, and 0.5 is a tie. Ties and rows without a valid label are left
-    out and counted. Another shape of data is another class with `__len__`, `__getitem__` that returns a `Pair` or
-    raises `BadRow`, `row_name` and `counts`.
-
-    Args:
-        rows: a `datasets.Dataset`.
-        image_0_column, image_1_column, label_column, caption_column: the names of its columns.
-        max_pairs: keep the first so many pairs; all if None.
+    Files belong to a split if they are named after it or lie in a folder that is; if none is, all belong to "train".
+    Parquet and arrow files may lie deeper in the folder; JSONL and CSV, to which paths of images are relative, and
+    which have the suffixes of many other things, lie at its top or in the split's folder.
 
     Raises:
-        ValueError: if a column is missing, or no pair is left.
+        ValueError, FileNotFoundError: if there are none, or if it is not clear which.
+    """
+    if path.is_file():
+        if path.suffix not in DATA_FORMATS:
+            raise ValueError(f"the file ends in {path.suffix or 'nothing'}; allowed: {', '.join(DATA_FORMATS)}")
+        return DATA_FORMATS[path.suffix], [path]
+    for suffix in (".parquet", ".arrow", ".jsonl", ".csv"):
+        if suffix in (".parquet", ".arrow"):
+            files = sorted(path.rglob(f"*{suffix}"))
+        else:
+            files = sorted(path.glob(f"*{suffix}")) + sorted(path.glob(f"{split}/*{suffix}"))
+        own = [file for file in files if file.name.startswith(split) or split in file.relative_to(path).parent.parts]
+        files = own or (files if split == "train" else [])
+        if suffix in (".jsonl", ".csv") and len({file.parent for file in files}) > 1:
+            raise ValueError(f"{files[0]} and {files[-1]} lie in different folders; name one of the files")
+        if files:
+            return DATA_FORMATS[suffix], files
+    raise FileNotFoundError("no parquet, arrow, JSONL or CSV files of this split, no metadata of an image folder")
+
+
+def rows_of_folders(folder: Path, image_columns: Sequence[str], caption_column: str) -> list[dict[str, Any]]:
+    """Returns a row for every file name below the subfolders `image_columns`, with an image's path in each column.
+
+    Names are compared without their suffix. A row's caption is in a .txt file of the same name, beside one of the
+    images or in the folder itself, or in a JSONL file of the folder, whose rows have a `file_name` and whatever else
+    the row shall have.
+
+    Raises:
+        ValueError: if a name occurs twice in a subfolder, or no name in all of them.
+    """
+    images = {column: _files_by_name(folder / column) for column in image_columns}
+    names = sorted(set().union(*images.values()))
+    if not set.intersection(*map(set, images.values())):
+        begins = ", ".join(f"{column}/{min(files, default='(no image)')}" for column, files in images.items())
+        raise ValueError(f"no image has the same name in all of the folders, which begin with {begins}")
+    known = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line_number, line in enumerate(file.read_text().splitlines(), 1):
+            row = json.loads(line) if line.strip() else None
+            if row is not None and not isinstance(row, dict) or row is not None and "file_name" not in row:
+                raise ValueError(f"{file}, line {line_number}, has no file_name")
+            if row is not None:
+                known[str(Path(row["file_name"]).with_suffix(""))] = row
+    rows = []
+    for name in names:
+        row = {**known.get(name, {}), **{column: files.get(name) for column, files in images.items()}}
+        for place in (*image_columns, "."):
+            text = folder / place / f"{name}.txt"
+            if caption_column not in row and text.is_file():
+                row[caption_column] = text.read_text()
+        rows.append(row)
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _files_by_name(folder: Path) -> dict[str, str]:
+    """Returns the absolute paths of a folder's images by their name below it, without suffix."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            name = str(file.relative_to(folder).with_suffix(""))
+            if name in files:
+                raise ValueError(f"{files[name]} and {file} have the same name but for the suffix")
+            files[name] = str(file.resolve())
+    return files
+
+
+def load_pairs(args: argparse.Namespace) -> "PreferencePairs | StreamedPairs":
+    """Returns the preference pairs that `add_data_options` asks for; raises ValueError if there are none."""
+    columns = PairColumns.of(args)
+    source = load_rows(
+        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.dataset_split_name, args.cache_dir,
+        args.streaming, list(columns.image_columns().values()), args.caption_column,
+    )  # fmt: skip
+    if args.streaming:
+        return StreamedPairs(source, columns, args.shuffle_buffer_size, args.max_train_samples)
+    return PreferencePairs(source, columns, args.max_train_samples, args.max_bad_fraction)
+
+
+def read_pair(columns: PairColumns, row: dict[str, Any], choice: Choice, image_root: Path) -> Pair:
+    """Returns a pair of a data row with its images read but not decoded; raises BadRow if one is missing."""
+    images = columns.images(row)
+    winner, loser = (read_image(images[place], image_root) for place in (choice.winner, choice.loser))
+    if winner == loser:
+        raise BadRow("both images are the same")
+    return Pair(winner, loser, columns.captions(row), choice.margin, choice.is_tie)
+
+
+class PreferencePairs:
+    """Preference pairs of rows that can be read at any place, `self[index]` is a `Pair` or raises `BadRow`.
+
+    The labels, scores and captions of all rows are read at once; the images are not.
+
+    Args:
+        max_pairs: keep the first so many pairs, look at no row beyond; all if None.
+        max_bad_fraction: the largest share of rows without a label, score or caption.
+
+    Raises:
+        ValueError: if a column is missing, too many rows are bad, or no pair is left.
     """
 
-    def __init__(self, rows, image_0_column, image_1_column, label_column, caption_column, max_pairs=None):
-        from datasets import Image as ImageFeature
-
-        columns = {
-            "--image_0_column": image_0_column,
-            "--image_1_column": image_1_column,
-            "--label_column": label_column,
-            "--caption_column": caption_column,
-        }
-        for option, column in columns.items():
-            if column not in rows.column_names:
-                found = ", ".join(rows.column_names)
-                raise ValueError(f"{option} {column}: the data has no such column, only {found}")
-        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
-        for option, column in columns.items():
-            _check_column_type(option, column, rows.features[column])
-        for column in (image_0_column, image_1_column):
-            if isinstance(rows.features[column], ImageFeature):  # decode in the workers, where errors can name the row
-                rows = rows.cast_column(column, ImageFeature(decode=False))
-        self.rows = rows
-        self.image_columns = (image_0_column, image_1_column)
-        self.label_column, self.caption_column = label_column, caption_column
-
-        labels = rows.select_columns([label_column]).with_format("arrow")[:].column(0).to_pylist()
-        kinds = np.array([label if label in (0, 0.5, 1) else np.nan for label in labels], dtype=float)
-        self.num_ties = int((kinds == 0.5).sum())
-        self.num_unlabelled = int(np.isnan(kinds).sum())
-        self.kept = np.flatnonzero((kinds == 0) | (kinds == 1))[:max_pairs]
+    def __init__(self, source: Source, columns: PairColumns, max_pairs=None, max_bad_fraction=1.0):
+        rows = source.rows
+        columns.check(rows.column_names, rows.features)
+        self.columns, self.image_root = columns, source.image_root
+        images = {column_of(path, rows.column_names) for path in columns.image_columns().values()}
+        others = {column_of(path, rows.column_names) for _, path in columns.other_columns()}
+        self.rows = rows.select_columns(sorted(images | others)).with_format("arrow")  # decodes no image
+        facts = rows.select_columns(sorted(others)).with_format("arrow")
+        self.num_rows = self.num_ties = 0
+        self.bad, self.first_bad = Counter(), {}
+        kept = []
+        for table in facts.iter(100 if images & others else 10_000):  # structs may hold images and scores
+            for row in table.to_pylist():
+                if max_pairs is not None and len(kept) >= max_pairs:
+                    break
+                try:
+                    columns.captions(row)
+                    choices = columns.choices(row)
+                except BadRow as error:
+                    reason = str(error).partition(": ")[0]
+                    self.bad[reason] += 1
+                    self.first_bad.setdefault(reason, f"row {self.num_rows}, {error}")
+                    choices = []
+                ties = sum(choice.is_tie for choice in choices)
+                self.num_ties += ties
+                if ties and columns.tie_policy == "drop":
+                    choices = [choice for choice in choices if not choice.is_tie]
+                kept += [(self.num_rows, *choice) for choice in choices]
+                self.num_rows += 1
+        self.kept = np.array(kept[:max_pairs], dtype=[("row", "i8"), ("winner", "i4"), ("loser", "i4"),
+                                                      ("margin", "f8"), ("is_tie", "?")])  # fmt: skip
+        bad = "; ".join(
+            f"{count} with {reason} (the first: {self.first_bad[reason]})" for reason, count in self.bad.items()
+        )
         if len(self.kept) == 0:
-            seen = ", ".join(dict.fromkeys(repr(label) for label in labels[:1000]))[:100]
+            raise ValueError(f"no pair is left of {self.num_rows} rows: {self.num_ties} ties" + (bad and f"; {bad}"))
+        if self.bad.total() > max_bad_fraction * self.num_rows:
             raise ValueError(
-                f"no pair is left of {len(labels)} rows: {self.num_ties} ties, {self.num_unlabelled} labels that are "
-                f"none of 0, 0.5, 1 (--label_column {label_column} begins with {seen or 'nothing'})"
+                f"--max_bad_fraction is {max_bad_fraction:g}, but of {self.num_rows} rows "
+                f"{self.bad.total()} cannot be used: {bad}"
             )
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> Pair:
-        row = self.rows[int(self.kept[index])]
-        caption = row[self.caption_column]
-        if not isinstance(caption, str) or not caption.strip():
-            raise BadRow(f"the caption is {caption!r}")
-        image_0, image_1 = (row[column] for column in self.image_columns)
-        winner, loser = (image_0, image_1) if row[self.label_column] == 1 else (image_1, image_0)
-        return Pair(winner, loser, caption)
+        row, *choice = self.kept[index].item()
+        return read_pair(self.columns, self.rows[row].to_pylist()[0], Choice(*choice), self.image_root)
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self)
 
     def row_name(self, index: int) -> str:
-        return f"row {self.kept[index]}"
+        row, winner, loser, *_ = self.kept[index].item()
+        return f"row {row}" + (f", images {winner} and {loser}" if self.columns.shape == "groups" else "")
+
+    def skipped_before(self, index: int) -> list[tuple[str, str]]:
+        """Returns nothing: what was skipped is known from the start, see `counts`."""
+        return []
+
+    def another(self, rng: np.random.Generator) -> int:
+        """Returns an index at random."""
+        return int(rng.integers(len(self)))
+
+    def sample(self, count: int, seed: int) -> list[int]:
+        """Returns the indices of so many pairs at random, of all if there are fewer."""
+        return np.random.default_rng([seed, 4]).permutation(len(self))[:count].tolist()
+
+    def batches(self, batch_size, seed, visit=0, position=None, process_index=0, num_processes=1) -> "VisitBatches":
+        """Returns the batch sampler of a process; `position` is that of a stream, there is none here."""
+        return VisitBatches(len(self), batch_size, seed, visit, process_index, num_processes)
 
     def counts(self) -> dict[str, int]:
         """Returns what the data hold, in words for people."""
-        return {"pairs": len(self), "ties left out": self.num_ties, "rows without a label": self.num_unlabelled}
+        ties = "ties among them" if self.columns.tie_policy == "soft" else "ties left out"
+        bad = {f"rows skipped for {reason}": count for reason, count in self.bad.items()}
+        return {"pairs": len(self), ties: self.num_ties, **bad}
 
 
-def decode_image(value: Any) -> Image.Image:
-    """Returns an upright RGB image from encoded bytes, a path, a `datasets` image ({"bytes", "path"}) or a PIL image.
+class StreamedPair(NamedTuple):
+    """A pair of a stream, with its row, since a stream cannot be read again.
 
-    EXIF orientation is applied, transparency becomes white.
+    Attributes:
+        name: the row's name.
+        row: what the row holds; no image is decoded.
+        choice: which of its images are the pair.
+        bad_rows: (name, reason) of the rows between the pair before and this one that cannot be used.
+    """
+
+    name: str
+    row: dict[str, Any]
+    choice: Choice
+    bad_rows: list[tuple[str, str]]
+
+
+class StreamedPairs:
+    """Preference pairs of a stream: `self[streamed_pair]` is a `Pair` or raises `BadRow`.
+
+    Visit v of a run is the v-th pair of the stream, which starts again when it ends; blocks of `buffer_size` rows are
+    mixed. Every process reads the whole stream, so that the visits are the same for any number of processes.
+
+    Args:
+        buffer_size: rows of a block, kept in memory twice, with their images.
+        max_pairs: start again after so many pairs.
 
     Raises:
-        BadRow: if there is no image to be read.
+        ValueError: if a column is missing, or the stream is empty.
+    """
+
+    num_pairs = None  # unknown
+
+    def __init__(self, source: Source, columns: PairColumns, buffer_size: int, max_pairs: int | None = None):
+        rows = source.rows
+        first = next(iter(rows.take(1)), None) if rows.features is None else {}
+        if first is None:
+            raise ValueError("the stream is empty")
+        names = list(rows.features or first)
+        columns.check(names, rows.features)
+        paths = [*columns.image_columns().values(), *(path for _, path in columns.other_columns())]
+        rows = rows.select_columns(sorted({column_of(path, names) for path in paths}))
+        self.rows = pickle.dumps(rows.decode(False) if rows.features else rows)
+        self.columns, self.image_root = columns, source.image_root
+        self.buffer_size, self.max_pairs = buffer_size, max_pairs
+
+    def __getitem__(self, item: StreamedPair) -> Pair:
+        return read_pair(self.columns, item.row, item.choice, self.image_root)
+
+    def row_name(self, item: StreamedPair) -> str:
+        return item.name
+
+    def skipped_before(self, item: StreamedPair) -> list[tuple[str, str]]:
+        return item.bad_rows
+
+    def another(self, rng: np.random.Generator) -> None:
+        """Returns None: a stream has no pair in another place."""
+
+    def counts(self) -> dict[str, int]:
+        """Returns nothing: what a stream holds is not known before it is read."""
+        return {}
+
+    def sample(self, count: int, seed: int) -> list[StreamedPair]:
+        """Returns the first so many pairs, of all if there are fewer."""
+        items = (item for block in self._blocks(None, is_endless=False) for item in block.items)
+        return list(itertools.islice(items, count))
+
+    def batches(self, batch_size, seed, visit=0, position=None, process_index=0, num_processes=1) -> "StreamBatches":
+        """Returns the batch sampler of a process, from the `StreamBatches.position` of a visit on."""
+        return StreamBatches(self, batch_size, seed, visit, position, process_index, num_processes)
+
+    def _blocks(self, position: dict[str, Any] | None, is_endless: bool = True) -> Iterator["StreamBlock"]:
+        """Yields the blocks of the stream, from a block's position on."""
+        position = position or {"first_visit": 0, "row": 0, "pairs": 0, "state": None}
+        rows = pickle.loads(self.rows)  # with a place of its own in the stream
+        start = rows.state_dict()
+        while True:
+            rows.load_state_dict(position["state"] or start)
+            items, bad_rows, row_number, num_pairs = [], [], position["row"], position["pairs"]
+            num_rows = 0
+            for row in rows:
+                name = f"row {row_number}"
+                row_number, num_rows = row_number + 1, num_rows + 1
+                try:
+                    self.columns.captions(row)
+                    choices = self.columns.choices(row)
+                except BadRow as error:
+                    bad_rows.append((name, str(error)))
+                    continue
+                if self.columns.tie_policy == "drop":
+                    choices = [choice for choice in choices if not choice.is_tie]
+                room = len(choices) if self.max_pairs is None else self.max_pairs - num_pairs
+                for choice in choices[:room]:
+                    items.append(StreamedPair(name, row, choice, bad_rows))
+                    bad_rows, num_pairs = [], num_pairs + 1
+                if num_rows >= self.buffer_size and items:
+                    yield StreamBlock(position, items)
+                    position = {
+                        "first_visit": position["first_visit"] + len(items),
+                        "row": row_number,
+                        "pairs": num_pairs,
+                        "state": rows.state_dict(),
+                    }
+                    items, num_rows = [], 0
+                if num_pairs == self.max_pairs:
+                    break
+            if items:
+                yield StreamBlock(position, items)
+            elif num_pairs == 0:
+                reasons = count_by_reason(reason for _, reason in bad_rows)
+                found = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
+                raise ValueError(f"no pair is left of {row_number} rows of the stream" + (found and f"; {found}"))
+            if not is_endless:
+                return
+            position = {"first_visit": position["first_visit"] + len(items), "row": 0, "pairs": 0, "state": None}
+
+
+class StreamBlock(NamedTuple):
+    """Consecutive pairs of a stream, and where in the stream they begin: what a checkpoint keeps."""
+
+    position: dict[str, Any]
+    items: list[StreamedPair]
+
+
+class StreamBatches:
+    """An endless batch sampler of (visit, `StreamedPair`) for one process of several; pass it as `batch_sampler`.
+
+    It reads in the main process, one block ahead in a thread; images are decoded in the workers.
+    """
+
+    def __init__(self, pairs, batch_size, seed, visit=0, position=None, process_index=0, num_processes=1):
+        self.pairs, self.batch_size, self.seed, self.visit, self.start = pairs, batch_size, seed, visit, position
+        self.process_index, self.num_processes = process_index, num_processes
+        self._positions = []  # of the blocks begun, in order
+
+    def __iter__(self) -> Iterator[list[tuple[int, StreamedPair]]]:
+        batch = []
+        for visit, item in self._visits():
+            if (
+                visit >= self.visit
+                and (visit - self.visit) // self.batch_size % self.num_processes == self.process_index
+            ):
+                batch.append((visit, item))
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+
+    def _visits(self) -> Iterator[tuple[int, StreamedPair]]:
+        blocks = self.pairs._blocks(self.start)
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, blocks)
+            while True:
+                block = ahead.result()
+                ahead = thread.submit(next, blocks)
+                self._positions.append(block.position)
+                first = block.position["first_visit"]
+                order = np.random.default_rng([self.seed, 2, first]).permutation(len(block.items))
+                yield from ((first + place, block.items[index]) for place, index in enumerate(order))
+
+    def position(self, visit: int) -> dict[str, Any]:
+        """Returns from where to read so that `visit` comes next, as JSON; earlier visits are then forgotten."""
+        while len(self._positions) > 1 and self._positions[1]["first_visit"] <= visit:
+            self._positions.pop(0)
+        return self._positions[0]
+
+
+def read_image(value: Any, image_root: Path | str = "") -> bytes | Image.Image:
+    """Returns the encoded bytes of an image, not yet decoded; a PIL image as it is.
+
+    Args:
+        value: encoded bytes, also in base64 or as a data: address; a path, relative to `image_root`; an address that
+            fsspec opens; or a `datasets` image, {"bytes", "path"}.
+
+    Raises:
+        BadRow: if there is none.
     """
     try:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if not isinstance(value, Image.Image):
-            if not isinstance(value, bytes | str):
-                raise TypeError(f"the image is of type {type(value).__name__}")
-            value = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
-        image = ImageOps.exif_transpose(value)
+        if isinstance(value, bytes | Image.Image):
+            return value
+        if not isinstance(value, str):
+            raise TypeError("there is none" if value is None else f"it is of type {type(value).__name__}")
+        if value.startswith("data:"):
+            return base64.b64decode(value.partition(",")[2])
+        if "://" in value[:4096]:
+            import fsspec  # comes with `datasets`
+
+            with fsspec.open(value, "rb") as file:
+                return file.read()
+        with contextlib.suppress(OSError):  # a name too long for a path may be base64
+            path = Path(image_root, value)
+            if path.is_file() or len(value) < 100:
+                return path.read_bytes()
+        try:
+            return base64.b64decode(value, validate=True)
+        except binascii.Error:
+            raise FileNotFoundError(f"{value[:200]} is neither a file nor base64") from None
+    except Exception as error:  # fsspec's file systems raise nearly every kind
+        raise BadRow(f"unreadable image: {type(error).__name__}, {one_line(error)}") from error
+
+
+def decode_image(value: Any) -> Image.Image:
+    """Returns an upright RGB image of anything that `read_image` takes.
+
+    EXIF orientation is applied, transparency becomes white, 16 bits become 8, an animation its first frame.
+
+    Raises:
+        BadRow: if there is no image to be read.
+    """
+    value = read_image(value)
+    try:
+        image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value))
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers of unknown range")
+        if image.mode.startswith("I"):  # PIL would clip them
+            pixels = np.asarray(image).astype(np.int64)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("its pixels have more than 16 bits")
+            image = Image.fromarray(
+                (pixels // 257 if image.mode != "I" or pixels.max() > 255 else pixels).astype("u1")
+            )
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # PIL raises nearly every kind on damaged files
-        raise BadRow(f"unreadable image ({type(error).__name__}: {error})") from error
+        raise BadRow(f"unreadable image: {type(error).__name__}, {one_line(error)}") from error
 
 
 class View(NamedTuple):
@@ -656,54 +1383,83 @@ def visit_rng(seed: int, visit: int, purpose: int = 0) -> np.random.Generator:
 
 
 class PreferenceDataset(torch.utils.data.Dataset):
-    """Training examples by (visit, index): pixels and all random draws of that visit.
+    """Training examples by (visit, item): pixels and all random draws of that visit.
 
-    `self[visit, index]` is a dict with
+    An item is what the pairs' batch sampler gives: an index of `PreferencePairs`, or a `StreamedPair`.
+    `self[visit, item]` is a dict with
         visit: the running number of the pair over the run;
         row: its name;
         pixel_values: (2, 3, resolution, resolution) in [-1, 1], winner and loser, cropped and flipped alike;
         original_sizes, corners: (2, 2) int64, of winner and loser, see `View`;
         caption: str, empty for a share `proportion_empty_prompts` of the visits;
+        strength: how strong the preference is, in [0, 1], see `preference_loss`; 1 without `strength_scale`;
+        is_tie: bool, whether there is none;
         uniforms: (M,) float64 in [0, 1), from which `sample_timesteps` makes the training timesteps;
-        bad_rows: list of (name, reason) of unreadable pairs that this visit met and replaced by another.
+        bad_rows: list of (name, reason) of unusable rows that this visit met.
+
+    An unusable pair is replaced by another. In a stream, where there is no other, its pixels are NaN.
+
+    Args:
+        min_image_size: the least length of the shorter side, in pixels.
+        strength_scale: k of the strength 2 sigmoid(k margin) - 1 (SmPO, arXiv 2506.02698); 1 throughout if None.
     """
 
     MAX_ATTEMPTS = 100
 
-    def __init__(self, pairs, resolution, num_targets, seed, random_crop, random_flip, proportion_empty_prompts):
+    def __init__(
+        self, pairs, resolution, num_targets, seed, random_crop, random_flip, proportion_empty_prompts,
+        min_image_size=1, strength_scale=None,
+    ):  # fmt: skip
         self.pairs, self.resolution, self.num_targets, self.seed = pairs, resolution, num_targets, seed
         self.random_crop, self.random_flip = random_crop, random_flip
         self.proportion_empty_prompts = proportion_empty_prompts
+        self.min_image_size, self.strength_scale = min_image_size, strength_scale
 
-    def __getitem__(self, visit_and_index: tuple[int, int]) -> dict[str, Any]:
-        visit, index = visit_and_index
+    def __getitem__(self, visit_and_item: tuple[int, Any]) -> dict[str, Any]:
+        visit, item = visit_and_item
         rng = visit_rng(self.seed, visit)
         top, left, flip, empty, *uniforms = rng.random(4 + self.num_targets)
         crop = (top, left) if self.random_crop else (0.5, 0.5)
         flip = self.random_flip and flip < 0.5
-        bad_rows = []
+        bad_rows = list(self.pairs.skipped_before(item))
         for _ in range(self.MAX_ATTEMPTS):
             try:
-                pair = self.pairs[index]
-                images = [decode_image(image) for image in (pair.winner, pair.loser)]
+                pair, images = self.open(item)
                 break
             except BadRow as error:
-                bad_rows.append((self.pairs.row_name(index), str(error)))
-                index = int(rng.integers(len(self.pairs)))
+                bad_rows.append((self.pairs.row_name(item), str(error)))
+            if (other := self.pairs.another(rng)) is None:
+                pair, images = Pair(None, None, [""]), [Image.new("RGB", (self.resolution, self.resolution))] * 2
+                break
+            item = other
         else:
             name, reason = bad_rows[0]
-            raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unreadable; the first: {name}, {reason}")
+            raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unusable; the first: {name}, {reason}")
         views = [resize_and_crop(image, self.resolution, crop, flip) for image in images]
+        pixel_values = torch.stack([view.pixels for view in views])
+        caption = pair.captions[int(rng.integers(len(pair.captions)))]
+        has_margin = self.strength_scale is not None and not pair.is_tie
         return {
             "visit": visit,
-            "row": self.pairs.row_name(index),
-            "pixel_values": torch.stack([view.pixels for view in views]),
+            "row": self.pairs.row_name(item),
+            "pixel_values": pixel_values if pair.winner is not None else torch.full_like(pixel_values, math.nan),
             "original_sizes": torch.tensor([view.original_size for view in views]),
             "corners": torch.tensor([view.corner for view in views]),
-            "caption": "" if empty < self.proportion_empty_prompts else pair.caption,
+            "caption": "" if empty < self.proportion_empty_prompts else caption,
+            "strength": math.tanh(self.strength_scale * pair.margin / 2) if has_margin else 1.0,
+            "is_tie": pair.is_tie,
             "uniforms": torch.tensor(uniforms, dtype=torch.float64),
             "bad_rows": bad_rows,
         }
+
+    def open(self, item: Any) -> tuple[Pair, list[Image.Image]]:
+        """Returns a pair and its decoded images, winner and loser; raises BadRow if it cannot be used."""
+        pair = self.pairs[item]
+        images = [decode_image(image) for image in (pair.winner, pair.loser)]
+        for image in images:
+            if min(image.size) < self.min_image_size:
+                raise BadRow(f"image below --min_image_size: {image.width} x {image.height} pixels")
+        return pair, images
 
 
 class VisitBatches:
@@ -732,6 +1488,9 @@ class VisitBatches:
             yield batch
             first += self.stride
 
+    def position(self, visit: int) -> None:
+        """Returns None: of rows that can be read at any place, the visit says all; see `StreamBatches.position`."""
+
 
 def forward_noise(visits: list[int], seed: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Returns standard normal noise (M, 2B, C, h, w), drawn by visit, the same for winner and loser.
@@ -759,22 +1518,6 @@ class RowLog:
 
 
 # 4  Training
-
-
-def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
-    """Returns an argparse type: a finite int or float within the bounds."""
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
-
-    def parse(text):
-        value = kind(text)
-        if not (least <= value <= most and above < value < below and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"is {text}; allowed: {allowed}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where `kind` itself cannot read the text
-    return parse
-
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -985,18 +1728,20 @@ class Checkpoint(NamedTuple):
         folder: the folder.
         step: updates made.
         visit: the next pair visit, see `visit_rng`.
-        num_pairs: pairs in the data, on which the order of the visits depends.
+        num_pairs: pairs in the data, on which the order of the visits depends; None for a stream.
         options: the run's options by name.
         metrics: those of every update so far, with its "step".
+        stream: from where a stream goes on, see `StreamBatches.position`; None for data of known length.
         bad_rows, cut_captions: what happened to rows so far, by name, see `RowLog`.
     """
 
     folder: Path
     step: int
     visit: int
-    num_pairs: int
+    num_pairs: int | None
     options: dict[str, Any]
     metrics: list[dict[str, float]]
+    stream: dict[str, Any] | None
     bad_rows: dict[str, str]
     cut_captions: dict[str, str]
 
@@ -1038,7 +1783,7 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
     )
 
 
-def check_resumed_run(checkpoint: Checkpoint, num_pairs: int, options: dict[str, Any], free: set[str]) -> None:
+def check_resumed_run(checkpoint: Checkpoint, num_pairs: int | None, options: dict[str, Any], free: set[str]) -> None:
     """Raises ValueError if a resumed run has other data or options than it began with, but for the `free` options."""
     if num_pairs != checkpoint.num_pairs:
         raise ValueError(

@@ -59,24 +59,27 @@ from inversion_utils import (
     PREDICTION_TYPES,
     VALIDATION_DIR,
     Checkpoint,
-    LabelledPairs,
+    PairColumns,
     PreferenceDataset,
     RowLog,
     RunningMeans,
     StopSignal,
     Trajectory,
     Validation,
-    VisitBatches,
+    add_data_options,
     add_lora,
     add_noise,
     backward_in_chunks,
+    check_data_options,
     check_lora_targets,
     check_output_dir,
     check_resumed_run,
     command_line,
+    count_by_reason,
     create_hub_repo,
     cut_captions,
     encode_images,
+    exceeds,
     final_metrics,
     find_checkpoint,
     finite_pairs,
@@ -84,7 +87,7 @@ from inversion_utils import (
     invert,
     is_zero_lora,
     leave_signals_to_the_main_process,
-    load_rows,
+    load_pairs,
     log_pictures,
     map_condition,
     noise_from_model_output,
@@ -144,16 +147,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--dataset_name", help="preference pairs: whatever datasets.load_dataset takes")
-    add("--dataset_config_name", help="configuration of the data set")
-    add("--dataset_split_name", default="train", help="split to train on")
-    add("--train_data_dir", help="instead of a name: a folder of parquet files, or one written by save_to_disk")
-    add("--image_0_column", default="jpg_0", help="column of the first image: encoded bytes or images")
-    add("--image_1_column", default="jpg_1", help="column of the second image")
-    add("--label_column", default="label_0",
-        help="column that is 1 where image 0 won, 0 where image 1 won, 0.5 for a tie")
-    add("--caption_column", default="caption", help="column of the caption")
-    add("--max_train_samples", type=count, help="train on the first so many pairs only")
+    add_data_options(add)
     add("--resolution", type=int, default=512, help="pixels of a side; higher is slower and takes more memory")
     add("--random_crop", action="store_true", help="crop at random, winner and loser alike, instead of at the centre")
     add("--random_flip", action="store_true", help="mirror half of the pairs, winner and loser alike")
@@ -187,6 +181,10 @@ def parse_args(argv=None):
     add("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="loss on the difference of winner and loser")
     add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0,
         help="share of labels believed wrong; sigmoid only")
+    add("--preference_strength", choices=["none", "margin"], default="none",
+        help="margin: pairs with close scores count less, logits are scaled by 2 sigmoid(k (score_w - score_l)) - 1")
+    add("--preference_strength_scale", type=positive, default=1.0,
+        help="k, in 1 / units of the scores; higher counts closer pairs as certain")
 
     group = parser.add_argument_group("LoRA and optimization")
     add = group.add_argument
@@ -253,8 +251,16 @@ def parse_args(argv=None):
 
 def check_args(args, error, default):
     """Ends the run by `error` if an option contradicts another or needs what is not installed."""
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        error("give the data by either --dataset_name or --train_data_dir")
+    check_data_options(args, error)
+    if args.streaming and args.max_train_steps is None:
+        error("--streaming needs --max_train_steps: how long an epoch of a stream is, is not known")
+    has_scores = PairColumns.of(args).shape in ("scores", "groups")
+    if args.preference_strength == "margin" and not has_scores:
+        error("--preference_strength margin goes with --score_0_column or --scores_column")
+    if args.preference_strength == "none" and args.preference_strength_scale != default("preference_strength_scale"):
+        error("--preference_strength_scale goes with --preference_strength margin")
+    if args.tie_policy == "soft" and args.loss_type == "hinge":
+        error("--tie_policy soft goes with --loss_type sigmoid and ipo: hinge has no loss for ties")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         error("--lr_warmup_steps goes with another --lr_scheduler than constant: constant_with_warmup, for instance")
     if args.max_train_steps is not None and args.lr_warmup_steps >= args.max_train_steps:
@@ -417,20 +423,12 @@ def make_pipeline(args, model_index, tokenizers, text_encoders, vae, unet):
     )  # fmt: skip
 
 
-def load_pairs(args):
-    """Returns the preference pairs; raises ValueError if there are none to be had."""
-    rows = load_rows(
-        args.dataset_name, args.dataset_config_name, args.train_data_dir, args.dataset_split_name, args.cache_dir
-    )
-    return LabelledPairs(
-        rows, args.image_0_column, args.image_1_column, args.label_column, args.caption_column, args.max_train_samples
-    )
-
-
 def collate(examples, tokenizers, model_index):
     """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, uniforms (M, B), and lists."""
     return {
         "visits": [example["visit"] for example in examples],
+        "strength": torch.tensor([example["strength"] for example in examples]),
+        "is_tie": torch.tensor([example["is_tie"] for example in examples]),
         "rows": [example["row"] for example in examples],
         "pixel_values": torch.stack([example["pixel_values"] for example in examples], dim=1).flatten(0, 1),
         "input_ids": tokenize(tokenizers, [example["caption"] for example in examples]),
@@ -482,12 +480,13 @@ def main(argv=None):
         training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
         if checkpoint:
-            check_resumed_run(checkpoint, len(pairs), options, FREE_ON_RESUME)
+            check_resumed_run(checkpoint, pairs.num_pairs, options, FREE_ON_RESUME)
         train_dataset = PreferenceDataset(
             pairs, args.resolution, num_targets, args.seed,
-            args.random_crop, args.random_flip, args.proportion_empty_prompts,
+            args.random_crop, args.random_flip, args.proportion_empty_prompts, args.min_image_size,
+            args.preference_strength_scale if args.preference_strength == "margin" else None,
         )  # fmt: skip
-        train_dataset[0, 0]  # finds out before the models load whether there is a readable pair
+        train_dataset[0, pairs.sample(1, args.seed)[0]]  # finds out before the models load whether a pair is readable
         repo_id = None
         if args.push_to_hub:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
@@ -533,19 +532,22 @@ def main(argv=None):
 
     visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
-    visits_to_go = max(0, args.num_train_epochs * len(pairs) - visit)
-    max_train_steps = args.max_train_steps or step + math.ceil(visits_to_go / visits_per_update)
+    max_train_steps = args.max_train_steps
+    if max_train_steps is None:
+        visits_to_go = max(0, args.num_train_epochs * pairs.num_pairs - visit)
+        max_train_steps = step + math.ceil(visits_to_go / visits_per_update)
+    batches = pairs.batches(
+        args.train_batch_size, args.seed, visit, checkpoint.stream if checkpoint else None,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
     dataloader = torch.utils.data.DataLoader(
         train_dataset,
-        batch_sampler=VisitBatches(
-            len(pairs), args.train_batch_size, args.seed, visit,
-            accelerator.process_index, accelerator.num_processes,
-        ),
+        batch_sampler=batches,
         collate_fn=partial(collate, tokenizers=tokenizers, model_index=model_index),
         worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
+    )
 
     optimizer = create_optimizer(args, lora_parameters, visits_per_update)
     lr_scheduler = get_scheduler(
@@ -591,7 +593,7 @@ def main(argv=None):
         return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
 
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
-    metrics, *known = checkpoint[-3:] if checkpoint else ([], {}, {})
+    metrics, known = (checkpoint.metrics, checkpoint[-2:]) if checkpoint else ([], ({}, {}))
     warn_of_row = partial(logger.warning, main_process_only=False)
     bad_rows = RowLog(warn_of_row, "is skipped", known[0])
     long_captions = RowLog(warn_of_row, "has its caption cut", known[1])
@@ -612,7 +614,7 @@ def main(argv=None):
         )  # fmt: skip
     data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
     logger.info(
-        f"{data}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
+        f"{data or 'a stream of pairs'}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
         f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
@@ -621,9 +623,10 @@ def main(argv=None):
     good_steps = bad_steps = bad_steps_in_a_row = 0
     means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
 
-    usable_rows = []
+    usable_rows, num_bad_rows, first_visit = [], 0, visit
     for batch in dataloader if step < max_train_steps else []:
         bad_rows.add(batch["bad_rows"])
+        means.add(bad_rows=torch.tensor(float(len(batch["bad_rows"])), device=accelerator.device))
         long_captions.add(batch["cut_captions"])
         with accelerator.accumulate(policy):
             # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
@@ -637,6 +640,8 @@ def main(argv=None):
                 empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
             index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
             timesteps = training_timesteps[index].repeat(1, 2)
+            strength = to_device(batch["strength"], latents.device) if args.preference_strength == "margin" else None
+            is_tie = to_device(batch["is_tie"], latents.device) if args.tie_policy == "soft" else None
 
             # 2  Invert with the reference; the baseline takes forward noise instead
             if args.objective == "diffusion_dpo":
@@ -667,13 +672,14 @@ def main(argv=None):
                 noise = predict_targets(policy, trajectory, chunk, cond)
                 return prediction_error(noise, trajectory.noise[chunk]).where(usable, 0.0)
 
-            def loss_of(policy_error, reference_error=reference_error):
+            def loss_of(policy_error, reference_error=reference_error, strength=strength, is_tie=is_tie):
                 means.add(policy_error=policy_error, reference_error=reference_error)
                 if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
                     policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
                 loss, metrics = preference_loss(
-                    policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing
-                )
+                    policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing,
+                    strength, is_tie,
+                )  # fmt: skip
                 means.add(loss=loss, **metrics)
                 return loss.mean()
 
@@ -691,10 +697,11 @@ def main(argv=None):
             logs = means.pop(accelerator)
             is_stopping = logs.pop("stop") > 0
             usable_share = logs.pop("usable")
+            num_bad_rows += logs.pop("bad_rows") * visits_per_update / args.train_batch_size
             if usable_share < 1:
                 for names, usable in usable_rows:
                     lost = [name for name, is_usable in zip(names, usable.tolist(), strict=False) if not is_usable]
-                    bad_rows.add([(name, "its latents are not finite, the VAE overflows") for name in lost])
+                    bad_rows.add([(name, "latents not finite: the VAE overflows") for name in lost])
             usable_rows.clear()
             is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
             if usable_share and (not is_bad or accelerator.scaler is not None):
@@ -723,6 +730,12 @@ def main(argv=None):
                 f"{culprit} for {bad_steps_in_a_row} updates in a row; the LoRA and the last checkpoint are "
                 f"as they were before. Try {remedy}"
             )
+        if exceeds(num_bad_rows, args.max_bad_fraction, visit - first_visit + num_bad_rows):
+            reasons = count_by_reason(reasons_of_all_processes()[0].values())
+            raise RuntimeError(
+                f"--max_bad_fraction is {args.max_bad_fraction:g}, but clearly more of the rows read so far cannot "
+                f"be used: {', '.join(f'{count} with {reason}' for reason, count in reasons.items())}"
+            )
         if good_steps == 10 and is_zero_lora(base):
             raise RuntimeError(
                 "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
@@ -730,7 +743,10 @@ def main(argv=None):
             )
         if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
             folder = Path(args.output_dir) / f"checkpoint-{step}"
-            reached = Checkpoint(folder, step, visit, len(pairs), options, metrics, *reasons_of_all_processes())
+            reasons = reasons_of_all_processes()
+            reached = Checkpoint(
+                folder, step, visit, pairs.num_pairs, options, metrics, batches.position(visit), *reasons
+            )
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
             log_pictures(accelerator, validation.draw(step), step)
@@ -740,11 +756,12 @@ def main(argv=None):
     progress.close()
     stop.restore()
     is_unfinished, push_failed = is_stopping and step < max_train_steps, False
-    skipped, cut = map(len, reasons_of_all_processes())
-    if skipped:
-        logger.warning(f"{skipped} rows were skipped")
+    skipped, cut = reasons_of_all_processes()
+    skipped = dict(count_by_reason(skipped.values()))
+    for reason, count in skipped.items():
+        logger.warning(f"{count} rows were skipped for {reason}")
     if cut:
-        logger.warning(f"{cut} captions were longer than what is read")
+        logger.warning(f"{len(cut)} captions were longer than what is read")
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
     if is_unfinished:
@@ -760,7 +777,11 @@ def main(argv=None):
             "pairs_per_update": visits_per_update,
             "processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
-            "data": {**pairs.counts(), "rows skipped": skipped, "captions cut": cut},
+            "data": {
+                **pairs.counts(),
+                **{f"rows skipped while training for {r}": n for r, n in skipped.items()},
+                "captions cut": len(cut),
+            },  # fmt: skip
             "metrics": final_metrics(metrics),
             "versions": versions(),
             "options": options,

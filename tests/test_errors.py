@@ -155,10 +155,10 @@ def nan_labels(rows):
     ("change", "named"),
     [
         (ties, "no pair is left of 4 rows: 4 ties"),
-        (nan_labels, "no pair is left of 4 rows: 0 ties, 4 labels"),
+        (nan_labels, "no pair is left of 4 rows: 0 ties; 4 with no label (the first: row 0, no label)"),
         (lambda rows: [], "cannot be loaded"),
         (not_images, "unreadable"),
-        (no_captions, "the caption is ' '"),
+        (no_captions, "4 with no caption (the first: row 0, no caption: it is ' ')"),
     ],
     ids=["ties", "nan_labels", "empty", "not_images", "no_captions"],
 )

@@ -215,3 +215,20 @@ def test_shapes_that_would_broadcast_are_refused():
 def test_an_empty_band_is_refused():
     with pytest.raises(ValueError, match="min_timestep is 10, max_timestep 5"):
         sample_timesteps(torch.rand(1, 2), 10, 5)
+
+
+def test_a_weak_preference_scales_the_logits_and_a_tie_pulls_them_to_zero():
+    policy, reference = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0]).double(), torch.full((6,), 1.5).double()
+    strength, is_tie = torch.tensor([1.0, 0.5, 1.0]).double(), torch.tensor([False, False, True])
+    for loss_type, expected in (
+        ("sigmoid", [math.log1p(math.exp(-1)), math.log1p(math.exp(-0.5)), 0.5 + math.log1p(math.exp(-1))]),
+        ("ipo", [0.25, 0.0, 1.0]),
+    ):
+        loss, metrics = preference_loss(policy, reference, 2.0, loss_type, strength=strength, is_tie=is_tie)
+        assert torch.allclose(loss, torch.tensor(expected).double())
+        assert metrics["rewards/margins"].tolist() == [1, 1, 1]  # unscaled
+        assert metrics["rewards/accuracies"].tolist() == [1, 1, 0.5]
+    loss, _ = preference_loss(policy, reference, 2.0, "hinge", strength=strength, is_tie=torch.zeros(3).bool())
+    assert loss.tolist() == [0, 0.5, 0]
+    with pytest.raises(ValueError, match="hinge has no loss for ties"):
+        preference_loss(policy, reference, 2.0, "hinge", is_tie=is_tie)

@@ -12,9 +12,11 @@ from PIL import Image as PILImage
 
 from inversion_utils import (
     BadRow,
-    LabelledPairs,
+    PairColumns,
     PreferenceDataset,
+    PreferencePairs,
     RowLog,
+    Source,
     VisitBatches,
     decode_image,
     forward_noise,
@@ -22,11 +24,11 @@ from inversion_utils import (
     resize_and_crop,
 )
 
-COLUMNS = ("jpg_0", "jpg_1", "label_0", "caption")
+COLUMNS = PairColumns()
 
 
 def labelled(rows, **options):
-    return LabelledPairs(Dataset.from_list(rows), *COLUMNS, **options)
+    return PreferencePairs(Source(Dataset.from_list(rows), "."), COLUMNS, **options)
 
 
 def preferences(pairs, resolution=32, num_targets=2, seed=0, crop=False, flip=False, empty=0.0):
@@ -62,17 +64,18 @@ def test_winners_win_whatever_the_storage(save, tmp_path):
     """The rows' winners are bright, whichever column they stand in."""
     rows = pair_rows(8)
     assert {row["label_0"] for row in rows} == {0.0, 1.0}
-    pairs = LabelledPairs(load_rows(train_data_dir=save(rows, tmp_path / "data")), *COLUMNS)
+    pairs = PreferencePairs(load_rows(train_data_dir=save(rows, tmp_path / "data")), COLUMNS)
     assert len(pairs) == 8
     for pair, row in zip(pairs, rows, strict=True):
         assert brightness(pair.winner) > 127 > brightness(pair.loser)
-        assert pair.caption == row["caption"]
+        assert pair.captions == [row["caption"]]
 
 
 def test_another_split_and_other_columns(tmp_path):
     rows = [{"better?": 1, "a": r["jpg_0"], "b": r["jpg_1"], "text": r["caption"]} for r in pair_rows(3)]
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:2])}).save_to_disk(tmp_path / "d")
-    pairs = LabelledPairs(load_rows(train_data_dir=str(tmp_path / "d"), split="test"), "a", "b", "better?", "text")
+    columns = PairColumns(image_0_column="a", image_1_column="b", label_column="better?", caption_column="text")
+    pairs = PreferencePairs(load_rows(train_data_dir=str(tmp_path / "d"), split="test"), columns)
     assert len(pairs) == 2 and pairs[0].winner == rows[0]["a"]
 
 
@@ -85,11 +88,11 @@ def test_a_folder_of_parquet_files_may_hold_other_files_and_splits(tmp_path):
     Dataset.from_list(rows[3:]).to_parquet(tmp_path / "test" / "data.parquet")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "training_state.json").write_text("{}")
-    assert load_rows(train_data_dir=str(tmp_path))["jpg_0"][:] == [row["jpg_0"] for row in rows[:3]]
-    assert len(load_rows(train_data_dir=str(tmp_path), split="test")) == 2
+    assert load_rows(train_data_dir=str(tmp_path)).rows["jpg_0"][:] == [row["jpg_0"] for row in rows[:3]]
+    assert len(load_rows(train_data_dir=str(tmp_path), split="test").rows) == 2
     (tmp_path / "test" / "data.parquet").rename(tmp_path / "other.parquet")
-    assert len(load_rows(train_data_dir=str(tmp_path))) == 3
-    with pytest.raises(ValueError, match="split 'test', cannot be loaded: the folder holds no parquet files"):
+    assert len(load_rows(train_data_dir=str(tmp_path)).rows) == 3
+    with pytest.raises(ValueError, match="split 'test', cannot be loaded: no parquet, arrow"):
         load_rows(train_data_dir=str(tmp_path), split="test")
 
 
@@ -98,8 +101,9 @@ def test_ties_and_rows_without_a_label_are_left_out_and_counted():
     for row, label in zip(rows, (1.0, 0.5, 0.0, None, float("nan"), 2.0), strict=True):
         row["label_0"] = label
     pairs = labelled(rows)
-    assert pairs.kept.tolist() == [0, 2] and (pairs.num_ties, pairs.num_unlabelled) == (1, 3)
-    assert pairs.counts() == {"pairs": 2, "ties left out": 1, "rows without a label": 3}
+    assert pairs.kept["row"].tolist() == [0, 2] and pairs.num_ties == 1
+    counts = {"pairs": 2, "ties left out": 1, "rows skipped for no label": 2}
+    assert pairs.counts() == {**counts, "rows skipped for label not understood": 1}
     assert pairs.row_name(1) == "row 2"
     assert len(labelled(rows, max_pairs=1)) == 1
 
@@ -177,7 +181,7 @@ def test_views_tell_the_original_size_and_the_corner_in_resized_pixels():
 def test_winner_and_loser_are_cut_alike_and_visits_are_not():
     """Both images of the pair are the same ramp, so cut and flipped alike they stay equal."""
     ramp = PILImage.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (32, 1, 3)))
-    row = {"jpg_0": encode(ramp), "jpg_1": encode(ramp), "label_0": 1.0, "caption": "ramp"}
+    row = {"jpg_0": encode(ramp), "jpg_1": encode(ramp, "BMP"), "label_0": 1.0, "caption": "ramp"}
     dataset = preferences(labelled([row]), crop=True, flip=True)
     views = [dataset[visit, 0]["pixel_values"] for visit in range(16)]
     assert all(torch.equal(winner, loser) for winner, loser in views)
@@ -264,7 +268,7 @@ def test_an_image_survives_the_way_to_the_batch(tmp_path):
     picture = random_image(np.random.default_rng(0), (32, 32))
     row = {"jpg_0": encode(PILImage.new("RGB", (32, 32))), "jpg_1": encode(picture), "label_0": 0.0, "caption": "x"}
     rows = load_rows(train_data_dir=write_parquet([row], tmp_path / "one"))
-    winner, loser = preferences(LabelledPairs(rows, *COLUMNS))[0, 0]["pixel_values"]
+    winner, loser = preferences(PreferencePairs(rows, COLUMNS))[0, 0]["pixel_values"]
     assert np.array_equal(((winner + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0), np.asarray(picture))
     assert (loser == -1).all()
     assert PILImage.open(io.BytesIO(row["jpg_1"])).size == (32, 32)

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 import train_inversion_dpo
-from inversion_utils import LORA_FILE
+from inversion_utils import LORA_FILE, VisitBatches
 
 ROOT = Path(train_inversion_dpo.__file__).parent
 
@@ -372,13 +372,13 @@ def test_broken_rows_are_replaced_counted_and_named(train, tmp_path, caplog):
     rows[2]["jpg_1"] = rows[2]["jpg_1"][:50]
     rows[4]["caption"] = None
     rows[5]["label_0"] = 0.5
-    output_dir = train(train_data_dir=write_parquet(rows, tmp_path / "broken"), train_batch_size=5, max_train_steps=2)
+    data = write_parquet(rows, tmp_path / "broken")
+    output_dir = train(train_data_dir=data, train_batch_size=4, max_train_steps=2, max_bad_fraction=0.3)
     assert (output_dir / LORA_FILE).exists()
     warnings = [record.getMessage() for record in caplog.records]
     assert sum("row 2 is skipped" in line and "unreadable image" in line for line in warnings) == 1
-    assert sum("row 4 is skipped" in line and "the caption is None" in line for line in warnings) == 1
-    assert any("5 pairs, 1 ties left out, 0 rows without a label" in line for line in warnings)
-    assert any("2 rows were skipped" in line for line in warnings)
+    assert any("4 pairs, 1 ties left out, 1 rows skipped for no caption" in line for line in warnings)
+    assert any("1 rows were skipped for unreadable image" in line for line in warnings)
 
 
 def test_an_output_dir_in_use_is_refused_and_kept(train, refused, no_models, tmp_path):
@@ -563,7 +563,7 @@ def spoilt_latents(script, monkeypatch):
 
 def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, spoilt_latents, tmp_path, caplog):
     """Whatever else the pair says: with another caption the weights are the same."""
-    batches = itertools.islice(train_inversion_dpo.VisitBatches(8, 2, 0), 2)
+    batches = itertools.islice(VisitBatches(8, 2, 0), 2)
     row = list(batches)[1][1][1]  # of the second pair of the second batch
     rows, weights = pair_rows(8), {}
     for name in ("as it was", "another caption"):
@@ -573,9 +573,12 @@ def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, spoilt_l
         output_dir = train(name, train_data_dir=data, max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
         weights[name] = [lora(output_dir / f"checkpoint-{step}") for step in (1, 2, 3)]
         record = json.loads((output_dir / "training_config.json").read_text())
-        assert record["data"]["rows skipped"] == 1 and record["metrics"]["bad_steps"] == 0
-    names = [record.getMessage() for record in caplog.records if "latents are not finite" in record.getMessage()]
-    assert names == [f"[RANK 0] row {row} is skipped: its latents are not finite, the VAE overflows"] * 2
+        assert (
+            record["data"]["rows skipped while training for latents not finite"] == 1
+            and record["metrics"]["bad_steps"] == 0
+        )
+    names = [record.getMessage() for record in caplog.records if "latents not finite:" in record.getMessage()]
+    assert names == [f"[RANK 0] row {row} is skipped: latents not finite: the VAE overflows"] * 2
     first, second, third = weights["as it was"]
     for step in range(3):
         assert_same(weights["as it was"][step], weights["another caption"][step])
