@@ -5,6 +5,7 @@
     3  pairs         reading preference pairs: a better and a worse image for one caption
     4  training      LoRA, checkpoints, and the rest of what both scripts share around the loop
     5  results       what a run leaves: validation pictures, report, model card, upload to the Hub
+    6  dry run       what can be known of data, inversion and cost before a run
 
 Sections 1 and 2 are plain PyTorch and know neither the model nor the training script: copy them, or import this file,
 into a trainer of your own. Inversion-DPO is arXiv 2507.11554, DDIM-InPO is arXiv 2503.18454, Diffusion-DPO is
@@ -1103,6 +1104,12 @@ class PreferencePairs:
         """Returns the indices of so many pairs at random, of all if there are fewer."""
         return np.random.default_rng([seed, 4]).permutation(len(self))[:count].tolist()
 
+    def first_wins(self, items: list[int]) -> list[bool]:
+        """Returns for all pairs whether image 0 won, as far as the data tell; `items` are those of a stream."""
+        if self.columns.shape not in ("labels", "scores"):
+            return []
+        return (self.kept["winner"] == 0)[~self.kept["is_tie"]].tolist()
+
     def batches(self, batch_size, seed, visit=0, position=None, process_index=0, num_processes=1) -> "VisitBatches":
         """Returns the batch sampler of a process; `position` is that of a stream, there is none here."""
         return VisitBatches(len(self), batch_size, seed, visit, process_index, num_processes)
@@ -1179,6 +1186,12 @@ class StreamedPairs:
         """Returns the first so many pairs, of all if there are fewer."""
         items = (item for block in self._blocks(None, is_endless=False) for item in block.items)
         return list(itertools.islice(items, count))
+
+    def first_wins(self, items: list[StreamedPair]) -> list[bool]:
+        """Returns for these pairs whether image 0 won, as far as the data tell."""
+        if self.columns.shape not in ("labels", "scores"):
+            return []
+        return [item.choice.winner == 0 for item in items if not item.choice.is_tie]
 
     def batches(self, batch_size, seed, visit=0, position=None, process_index=0, num_processes=1) -> "StreamBatches":
         """Returns the batch sampler of a process, from the `StreamBatches.position` of a visit on."""
@@ -2198,3 +2211,166 @@ def push_to_hub(repo_id: str, folder: str | Path, token: str | None) -> None:
             f"the upload to {repo_id} failed: {one_line(error)}\n"
             f"Everything is in {folder}. Repeat the upload, after `hf auth login`, with\n{command}"
         ) from error
+
+
+# 6  Dry run
+
+DRY_RUN_FILE = "dry_run.json"
+CONTACT_SHEET_FILE = "dry_run.png"
+DRY_RUN_UPDATES = 3
+
+
+def inspect_pairs(dataset: PreferenceDataset, tokenizers: Sequence, sample_size: int = 128) -> dict[str, Any]:
+    """Returns what a look at the pairs shows: at all labels and captions, and at the images of a random sample.
+
+    Of a stream the sample is the beginning, and its labels are the sample's.
+    """
+    pairs = dataset.pairs
+    items = pairs.sample(sample_size, dataset.seed)
+    opened, unusable = [], []
+    for item in items:
+        try:
+            opened.append(dataset.open(item))
+        except BadRow as error:
+            unusable.append(str(error))
+    captions = [caption for pair, _ in opened for caption in pair.captions]
+    lengths = [len(tokenizers[0](caption, verbose=False).input_ids) for caption in captions]
+    longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    sizes = np.array([image.size for _, images in opened for image in images] or [(1, 1)])
+    shorter = sizes.min(1)
+    first_wins = pairs.first_wins(items)
+    report = {
+        "rows": pairs.counts() or "a stream, whose length is not known",
+        "pairs looked at": f"{len(items)} of {pairs.num_pairs}" if pairs.num_pairs else f"the first {len(items)}",
+        "of these unusable": dict(count_by_reason(unusable)) or 0,
+        "caption lengths in tokens": _quantiles(lengths),
+        "captions longer than what is read": f"{sum(n > longest for n in lengths)} of {len(lengths)} (over {longest})",
+        "widths in pixels": _quantiles(sizes[:, 0]),
+        "heights in pixels": _quantiles(sizes[:, 1]),
+        "images that are enlarged": f"{np.mean(shorter < dataset.resolution):.1%}",
+        "share of an image that cropping discards": f"{np.mean(1 - shorter / sizes.max(1)):.1%} on average",
+        **find_duplicates(opened),
+    }
+    if first_wins:
+        share, count = np.mean(first_wins), len(first_wins)
+        is_biased = abs(share - 0.5) > 3 * math.sqrt(0.25 / count)
+        report["image 0 is the winner"] = f"{share:.1%} of {count} pairs" + (
+            ": its column tells who wins, is that meant?" if is_biased else ""
+        )
+    return report
+
+
+def _quantiles(values: Sequence[float]) -> str:
+    if len(values) == 0:
+        return "none"
+    low, middle, high = np.quantile(values, (0, 0.5, 1))
+    return f"{low:.0f} to {high:.0f}, half of them up to {middle:.0f}"
+
+
+def find_duplicates(opened: list[tuple[Pair, list[Image.Image]]]) -> dict[str, int]:
+    """Counts pairs whose two images are nearly alike, pairs that occur again, and those that occur the other way."""
+    alike = again = reversed_pairs = 0
+    seen = set()
+    for _, images in opened:
+        small = [np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=float) for image in images]
+        alike += bool(np.abs(small[0] - small[1]).max() < 3)
+        # the signs of the differences of neighbouring pixels, a hash that survives scaling and compression
+        winner, loser = ((np.diff(pixels) > 0).tobytes() + pixels.mean().round(-1).tobytes() for pixels in small)
+        again += (winner, loser) in seen
+        reversed_pairs += winner != loser and (loser, winner) in seen
+        seen.add((winner, loser))
+    return {
+        "pairs of nearly the same image": alike,
+        "pairs that occur again": again,
+        "pairs that occur again with winner and loser exchanged": reversed_pairs,
+    }
+
+
+def draw_contact_sheet(examples: list[dict[str, Any]]) -> Image.Image:
+    """Returns examples of `PreferenceDataset` as they are trained on, two a row, winner and loser marked."""
+    side, gap, line, columns = 224, 12, 20, 2
+    font = ImageFont.load_default(14)
+    width, height = 2 * side + 3 * gap, side + 4 * line + gap
+    rows = math.ceil(len(examples) / columns)
+    canvas = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for place, example in enumerate(examples):
+        x, y = gap + place % columns * width, gap + place // columns * height
+        pixels = ((example["pixel_values"].nan_to_num(-1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        marks = (("tie", "#666666"),) * 2 if example["is_tie"] else (("WINNER", "#107010"), ("LOSER", "#b01010"))
+        for i, (mark, color) in enumerate(marks):
+            left = x + i * (side + gap)
+            pen.text((left, y), mark, fill=color, font=font)
+            canvas.paste(Image.fromarray(pixels[i]).resize((side, side)), (left, y + line))
+            pen.rectangle((left - 2, y + line - 2, left + side + 1, y + line + side + 1), outline=color, width=2)
+        text = textwrap.wrap(f"{example['row']}: {example['caption'] or '(emptied)'}", 64)[:2]
+        pen.text((x, y + line + side + 4), "\n".join(text), fill="black", font=font)
+    return canvas
+
+
+def sample_back(predict: Predict, x_t: torch.Tensor, nodes: list[int], alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Returns x_0, sampled from x_t with a call of `predict` for every node, from the last down to the first.
+
+    Args:
+        predict: as for `invert`.
+        x_t: (N, C, h, w), at the last node.
+        nodes: rising timesteps, without repetitions.
+        alphas_cumprod: (T,), the noise schedule.
+    """
+    from diffusers import DPMSolverMultistepScheduler
+
+    before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    sampler = DPMSolverMultistepScheduler(trained_betas=(1 - alphas_cumprod / before).tolist())
+    sampler.set_timesteps(timesteps=nodes[::-1])
+    for t in sampler.timesteps:
+        x_t = sampler.step(predict(x_t, t.to(x_t.device).expand(len(x_t))), t, x_t).prev_sample
+    return x_t
+
+
+@torch.no_grad()
+def reconstruction_errors(
+    predict: Predict, latents: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, **inversion: Any
+) -> dict[str, float]:
+    """Returns, for four bands of the training timesteps, how far inverting and sampling back leads from the latents.
+
+    Each is the root mean square of the difference, relative to that of the latents, from the middle of the band, where
+    the inversion ends. Sampling back takes 20 steps of a second-order solver, so that the inversion's error counts.
+
+    Args:
+        predict, latents, alphas_cumprod, inversion: as for `invert`, a single target each.
+        timesteps: (K,), the training timesteps, rising.
+    """
+    errors = {}
+    for band in timesteps.tensor_split(min(4, len(timesteps))):
+        target = band[len(band) // 2]
+        x_t = invert(predict, latents, target.expand(len(latents)), alphas_cumprod, **inversion).latents[0]
+        nodes = inversion_nodes(target.view(1, 1), alphas_cumprod, 20)[0].unique().tolist()
+        difference = sample_back(predict, x_t, nodes, alphas_cumprod) - latents
+        errors[f"{band[0]}..{band[-1]}"] = float(difference.square().mean().sqrt() / latents.square().mean().sqrt())
+    return errors
+
+
+def peak_memory() -> str:
+    """Returns the most memory that was in use so far: of the GPU by tensors, or else of the process."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory in tensors, CUDA not counted"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return f"{peak / 2 ** (30 if platform.system() == 'Darwin' else 20):.2f} GiB resident in the process, on the CPU"
+
+
+def report_dry_run(output_dir: str | Path, report: dict[str, Any], **sections: dict[str, Any]) -> None:
+    """Adds sections to a dry run's report, prints them, and writes the whole to `DRY_RUN_FILE`."""
+
+    def lines(entries, indent):
+        for name, value in entries.items():
+            if isinstance(value, dict):
+                yield f"{indent}{name}"
+                yield from lines(value, indent + "  ")
+            else:
+                yield f"{indent}{name}: {value:.3g}" if isinstance(value, float) else f"{indent}{name}: {value}"
+
+    report.update(sections)
+    print("\n".join(lines(sections, "")), flush=True)
+    (Path(output_dir) / DRY_RUN_FILE).write_text(json.dumps(report, indent=2) + "\n")

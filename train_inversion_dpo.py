@@ -32,11 +32,13 @@ whole U-Net. README.md explains each. Needs `inversion_utils.py` beside it, noth
 import argparse
 import contextlib
 import datetime
+import itertools
 import logging
 import math
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +56,8 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
+    CONTACT_SHEET_FILE,
+    DRY_RUN_UPDATES,
     LORA_TARGETS,
     LOSS_TYPES,
     PREDICTION_TYPES,
@@ -78,12 +82,14 @@ from inversion_utils import (
     count_by_reason,
     create_hub_repo,
     cut_captions,
+    draw_contact_sheet,
     encode_images,
     exceeds,
     final_metrics,
     find_checkpoint,
     finite_pairs,
     forward_noise,
+    inspect_pairs,
     invert,
     is_zero_lora,
     leave_signals_to_the_main_process,
@@ -93,11 +99,14 @@ from inversion_utils import (
     noise_from_model_output,
     number,
     one_line,
+    peak_memory,
     prediction_error,
     preference_loss,
     push_to_hub,
+    reconstruction_errors,
     reference_policy,
     register_lora_checkpointing,
+    report_dry_run,
     sample_timesteps,
     save_checkpoint,
     save_lora,
@@ -235,6 +244,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output_dir", required=True, help="folder for the LoRA, checkpoints, pictures and logs")
+    add("--dry_run", action="store_true",
+        help="report on data, inversion, memory and speed, after three updates that are thrown away; train nothing")
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
     add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
     add("--checkpointing_steps", type=count, default=100, help="updates between checkpoints; the last has one too")
@@ -488,7 +499,7 @@ def main(argv=None):
         )  # fmt: skip
         train_dataset[0, pairs.sample(1, args.seed)[0]]  # finds out before the models load whether a pair is readable
         repo_id = None
-        if args.push_to_hub:
+        if args.push_to_hub and not args.dry_run:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
     except (ValueError, RuntimeError) as problem:
         error(str(problem))
@@ -562,7 +573,7 @@ def main(argv=None):
         accelerator.load_state(checkpoint.folder)
         accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
         logger.info(f"Resuming from {checkpoint.folder}")
-    if args.report_to != "none":
+    if args.report_to != "none" and not args.dry_run:
         config = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in options.items()
@@ -602,7 +613,7 @@ def main(argv=None):
         return [dict(gather_object(list(log.reasons.items()))) for log in (bad_rows, long_captions)]
 
     validation = None
-    if args.validation_prompts and accelerator.is_main_process:
+    if args.validation_prompts and accelerator.is_main_process and not args.dry_run:
         sampling = {
             "height": args.resolution, "width": args.resolution,
             "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
@@ -618,13 +629,20 @@ def main(argv=None):
         f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
-    progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    last_step, times, report = max_train_steps, [], {}
+    if args.dry_run:
+        last_step = step + DRY_RUN_UPDATES
+        if accelerator.is_main_process:
+            examples = [train_dataset[i, item] for i, item in enumerate(pairs.sample(8, args.seed))]
+            draw_contact_sheet(examples).save(Path(args.output_dir) / CONTACT_SHEET_FILE)
+            report_dry_run(args.output_dir, report, data=inspect_pairs(train_dataset, tokenizers))
+    progress = tqdm(total=last_step, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     policy.train()
     good_steps = bad_steps = bad_steps_in_a_row = 0
     means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
 
     usable_rows, num_bad_rows, first_visit = [], 0, visit
-    for batch in dataloader if step < max_train_steps else []:
+    for batch in dataloader if step < last_step else []:
         bad_rows.add(batch["bad_rows"])
         means.add(bad_rows=torch.tensor(float(len(batch["bad_rows"])), device=accelerator.device))
         long_captions.add(batch["cut_captions"])
@@ -719,6 +737,7 @@ def main(argv=None):
         if not is_bad:
             lr_scheduler.step()
         progress.update()
+        times.append(time.perf_counter())
         progress.set_postfix_str(
             f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
         )
@@ -741,7 +760,8 @@ def main(argv=None):
                 "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
                 f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
             )
-        if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
+        is_due = is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps
+        if is_due and not args.dry_run:
             folder = Path(args.output_dir) / f"checkpoint-{step}"
             reasons = reasons_of_all_processes()
             reached = Checkpoint(
@@ -750,12 +770,12 @@ def main(argv=None):
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
             log_pictures(accelerator, validation.draw(step), step)
-        if is_stopping or step >= max_train_steps:
+        if is_stopping or step >= last_step:
             break
 
     progress.close()
     stop.restore()
-    is_unfinished, push_failed = is_stopping and step < max_train_steps, False
+    is_unfinished, push_failed = is_stopping and step < last_step, False
     skipped, cut = reasons_of_all_processes()
     skipped = dict(count_by_reason(skipped.values()))
     for reason, count in skipped.items():
@@ -764,9 +784,28 @@ def main(argv=None):
         logger.warning(f"{len(cut)} captions were longer than what is read")
     if bad_steps:
         logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
+    if args.dry_run and accelerator.is_main_process and not is_unfinished:
+        if args.objective != "diffusion_dpo":
+            with reference_policy(base):
+                errors = reconstruction_errors(
+                    partial(predict_guided, cond=cond, empty_cond=empty_cond), latents, training_timesteps,
+                    alphas_cumprod, num_steps=inversion_steps(args),
+                    order=args.inversion_order, spacing=args.inversion_spacing,
+                )  # fmt: skip
+            report_dry_run(args.output_dir, report, inversion={"relative error of going there and back, from": errors})
+        seconds = min(after - before for before, after in itertools.pairwise(times))
+        updates = max_train_steps - step + len(times)
+        cost = {
+            "trainable parameters": sum(parameter.numel() for parameter in lora_parameters),
+            "peak memory": peak_memory(),
+            "seconds an update": seconds,
+            "updates": updates,
+            "hours": seconds * updates / 3600,
+        }
+        report_dry_run(args.output_dir, report, training=cost)
     if is_unfinished:
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process:
+    elif accelerator.is_main_process and not args.dry_run:
         logger.info(f"Saved {save_lora(base, args.output_dir, PIPELINE_CLASS)}")
         files = validation.draw(step) if validation else []
         log_pictures(accelerator, files, step)

@@ -119,22 +119,6 @@ def noise_predictor(pipeline, noise_scheduler, prompt, resolution):
     return predict
 
 
-def sample_back(predict, x_t, nodes, betas):
-    """Returns x_0, sampled from x_t with a call of `predict` for every node, from the last down to the first.
-
-    Args:
-        predict: as for `invert`.
-        x_t: (1, C, h, w), at the last node.
-        nodes: rising timesteps, without repetitions.
-        betas: (T,), the noise schedule.
-    """
-    sampler = DPMSolverMultistepScheduler(trained_betas=betas.tolist())
-    sampler.set_timesteps(timesteps=nodes[::-1])
-    for t in sampler.timesteps:
-        x_t = sampler.step(predict(x_t, t[None].to(x_t.device)), t, x_t).prev_sample
-    return x_t
-
-
 @torch.no_grad()
 def decode_latents(vae, latents):
     """Returns the picture of scaled latents (1, C, h, w)."""
