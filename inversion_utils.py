@@ -1354,7 +1354,8 @@ def decode_image(value: Any) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # PIL raises nearly every kind on damaged files
-        raise BadRow(f"unreadable image: {type(error).__name__}, {one_line(error)}") from error
+        message = re.sub(r" <_io.BytesIO[^>]*>", "", one_line(error))
+        raise BadRow(f"unreadable image: {type(error).__name__}, {message}") from error
 
 
 class View(NamedTuple):
@@ -1527,7 +1528,7 @@ class RowLog:
         for name, reason in rows:
             if name not in self.reasons and len(self.reasons) < self.named:
                 self.warn(f"{name} {self.what}: {reason}")
-            self.reasons[name] = reason
+            self.reasons.setdefault(name, reason)
 
 
 # 4  Training

@@ -30,7 +30,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw, ImageFont
@@ -48,6 +47,7 @@ from inversion_utils import (
     number,
     one_line,
     resize_and_crop,
+    sample_back,
 )
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -217,7 +217,7 @@ def main(argv=None):
     trajectory = invert(predict, latents, timesteps, alphas_cumprod, args.num_steps)
     x_t, noise = trajectory.latents[0], trajectory.noise[0]
     nodes = inversion_nodes(timesteps[None], alphas_cumprod, args.num_steps)[0].unique().tolist()
-    sampled = sample_back(predict, x_t, nodes, noise_scheduler.betas)
+    sampled = sample_back(predict, x_t, nodes, noise_scheduler.alphas_cumprod)
 
     original, round_trip = to_picture(pixels), decode_latents(pipeline.vae, latents)
     reconstruction = decode_latents(pipeline.vae, sampled)
