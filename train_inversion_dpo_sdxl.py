@@ -127,12 +127,13 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 # Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
 # model and data are, which may have moved.
 FREE_ON_RESUME = set(
-    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
-    "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
-    "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
-    "allow_tf32 dataloader_num_workers dry_run max_bad_fraction max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir "
-    "report_to validation_prompts validation_steps num_validation_images validation_inference_steps "
-    "validation_guidance_scale push_to_hub hub_model_id hub_private_repo".split()
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir "
+    "output_dir resume_from_checkpoint max_train_steps num_train_epochs train_batch_size "
+    "gradient_accumulation_steps trajectory_chunk vae_encode_batch_size gradient_checkpointing "
+    "enable_xformers_memory_efficient_attention allow_tf32 dataloader_num_workers dry_run max_bad_fraction "
+    "max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir report_to validation_prompts "
+    "validation_steps num_validation_images validation_inference_steps validation_guidance_scale push_to_hub "
+    "hub_model_id hub_private_repo".split()
 )
 
 
