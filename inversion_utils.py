@@ -1382,9 +1382,11 @@ def resize_and_crop(image: Image.Image, resolution: int, crop: tuple[float, floa
     image = ImageOps.mirror(image) if flip else image
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
     top, left = round(crop[0] * (height - resolution)), round(crop[1] * (width - resolution))
-    pixels = np.asarray(image, dtype=np.float32)[top : top + resolution, left : left + resolution] / 127.5 - 1
+    x, y = image.width / width, image.height / height
+    window = (left * x, top * y, (left + resolution) * x, (top + resolution) * y)  # what is cut off is never resized
+    image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=window)
+    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1
     return View(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), original_size, (top, left))
 
 
