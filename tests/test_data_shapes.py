@@ -7,6 +7,9 @@ import io
 import itertools
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -624,3 +627,30 @@ def test_defaults_are_pick_a_pics():
     assert PairColumns().image_columns() == {"--image_0_column": "jpg_0", "--image_1_column": "jpg_1"}
     assert label_meaning("Draw=0.5") == ["draw", 0.5]
     assert hasattr(train_inversion_dpo, "load_pairs")
+
+
+def readme_flags():
+    """The flags of README's tables of data shapes, a list of words per line."""
+    readme = (Path(train_inversion_dpo.__file__).parent / "README.md").read_text()
+    section = readme[readme.index("### Your data") : readme.index("**First look, then train.**")]
+    for line in section.splitlines():
+        if line.startswith("|"):
+            flags = [code for code in re.findall(r"`([^`]*)`", line) if code.startswith("--")]
+            yield from ([shlex.split(flags[0])] if flags else [])
+
+
+@pytest.mark.parametrize("flags", list(readme_flags()), ids=" ".join)
+def test_the_readmes_flags_are_understood(flags):
+    if not {"--train_data_dir", "--dataset_name"} & set(flags):
+        flags = ["--train_data_dir", ".", *flags]
+    if "--scores_column" in flags and "--images_column" not in flags:
+        flags = [*flags, "--images_column", "images"]
+    if "--max_train_steps" in flags:  # the scripts', not the data's
+        flags = flags[: flags.index("--max_train_steps")] + flags[flags.index("--max_train_steps") + 2 :]
+    data_args(*flags)
+
+
+def test_the_readme_has_flags_for_every_shape():
+    words = {word for flags in readme_flags() for word in flags}
+    assert {"--label_column", "--label_map", "--winner_column", "--score_0_column", "--images_column",
+            "--score_weights", "--caption_column", "--caption_template", "--streaming"} <= words  # fmt: skip
