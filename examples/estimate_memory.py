@@ -36,6 +36,8 @@ steps are tested on a CPU with a small U-Net; **it has not been run on a GPU yet
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import math
 import sys
@@ -57,8 +59,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmark import peak_memory, reset_peak_memory, synchronize  # noqa: E402
-
 from inversion_utils import (  # noqa: E402
     add_lora,
     backward_in_chunks,
@@ -411,6 +411,28 @@ def print_estimate(args, parts, rows):
 
 
 # 3  Real steps
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak_memory():
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, for which the next measured would have to pay
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak resident set starts anew
+
+
+def peak_memory():
+    """Peak memory in GiB since the last reset: of the GPU, or else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
 
 def train_steps(unet, batch_size, chunk, resolution, weight_dtype, device, num_steps=3):
