@@ -513,7 +513,7 @@ def matmul_rate(dtype):
     rates = []
     for size in (2048, 4096, 8192) if device == "cuda" else (512, 1024):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * size**3 / fastest(partial(torch.mm, a, b), repeats=5))
+        rates.append(2 * size**3 / fastest(partial(torch.mm, a, b), repeats=3))
     return max(rates)
 
 
