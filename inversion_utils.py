@@ -704,9 +704,11 @@ def column_of(path: str, names: Iterable[str]) -> str | None:
 
 def value_at(row: dict[str, Any], path: str) -> Any:
     """Returns what a row holds at a path, None if nothing; fields of a list's items are a list."""
+    if path in row:
+        return row[path]
     column = column_of(path, row)
     value = row[column] if column is not None else None
-    for field in path[len(column or path) + 1 :].split(".") if path != column else []:
+    for field in path[len(column or path) + 1 :].split("."):
         if isinstance(value, list):
             value = [item.get(field) if isinstance(item, dict) else None for item in value]
         else:
