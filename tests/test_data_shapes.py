@@ -558,6 +558,7 @@ def stream_of(tmp_path, num_rows=50, **options):
 def visits_of(pairs, count, batch_size=4, **options):
     batches = pairs.batches(batch_size, 0, **options)
     taken = list(itertools.islice(batches, count))
+    assert all(item.name == f"row {item.row['caption']}" for batch in taken for _, item in batch)
     return [(visit, item.row["caption"]) for batch in taken for visit, item in batch], batches
 
 
