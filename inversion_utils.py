@@ -1543,6 +1543,15 @@ STATE_FILE = "training_state.json"  # of a checkpoint
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError unless torch.compile works on the device, tried on a function of one line."""
+    try:
+        torch.compile(lambda x: 2 * x)(torch.ones(2, device=device))
+    except Exception as error:  # a compiler may be missing, too old, or without headers
+        remedy = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler, such as g++"
+        raise ValueError(f"--compile needs {remedy}, and failed on {device}: {one_line(error)}") from error
+
+
 def map_condition(function: Callable, *conditions: dict[str, Any]) -> dict[str, Any]:
     """Applies a function to every tensor of a (nested) conditioning dict, or to the matching tensors of several."""
     mapped = {}
@@ -1902,7 +1911,8 @@ class Validation:
         was_training = unet.training
         unet.eval()
         try:
-            with torch.random.fork_rng(devices=[unet.device] if unet.device.type == "cuda" else []):
+            devices = [unet.device] if unet.device.type == "cuda" else []
+            with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):  # no graphs for samples
                 if self._without is None:
                     with reference_policy(unet):
                         self._without = [self._sample(prompt) for prompt in self.prompts]

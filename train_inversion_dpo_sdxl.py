@@ -77,6 +77,7 @@ from inversion_utils import (
     add_lora,
     add_noise,
     backward_in_chunks,
+    check_compiler,
     check_data_options,
     check_lora_targets,
     check_output_dir,
@@ -127,13 +128,12 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 # Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
 # model and data are, which may have moved.
 FREE_ON_RESUME = set(
-    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir "
-    "output_dir resume_from_checkpoint max_train_steps num_train_epochs train_batch_size "
-    "gradient_accumulation_steps trajectory_chunk vae_encode_batch_size gradient_checkpointing "
-    "enable_xformers_memory_efficient_attention allow_tf32 dataloader_num_workers dry_run max_bad_fraction "
-    "max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir report_to validation_prompts "
-    "validation_steps num_validation_images validation_inference_steps validation_guidance_scale push_to_hub "
-    "hub_model_id hub_private_repo".split()
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
+    "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
+    "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
+    "allow_tf32 dataloader_num_workers dry_run max_bad_fraction max_bad_steps checkpointing_steps "
+    "checkpoints_total_limit logging_dir report_to validation_prompts validation_steps num_validation_images "
+    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile".split()
 )
 
 
@@ -223,6 +223,8 @@ def parse_args(argv=None):
     add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher is calmer")
     add("--max_grad_norm", type=positive, default=1.0, help="gradients are scaled down to this norm; lower is calmer")
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy step")
+    add("--compile", action="store_true",
+        help="compile the U-Net by torch.compile: the first update takes minutes, the others less time")
     add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; less takes less memory")
     add("--mixed_precision", choices=["no", "fp16", "bf16"],
         help="precision of the frozen parts (accelerate's setting)")
@@ -553,6 +555,11 @@ def main(argv=None):
     )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
+    if args.compile:
+        try:
+            check_compiler(accelerator.device)
+        except ValueError as problem:
+            error(str(problem))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     if args.hub_token:
@@ -607,6 +614,8 @@ def main(argv=None):
     accelerator.register_for_checkpointing(lr_scheduler)
     policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
     register_lora_checkpointing(accelerator, base, PIPELINE_CLASS)
+    if args.compile:  # in place, so that reference and policy, wrapped or not, both are; a graph per mode and batch
+        base.compile(dynamic=False)
     if checkpoint:
         accelerator.load_state(checkpoint.folder)
         accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was

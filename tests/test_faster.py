@@ -1,0 +1,62 @@
+"""Options that make a run faster or smaller and must not change what it learns."""
+
+import shutil
+
+import pytest
+import torch
+import torch._inductor.config
+from diffusers import UNet2DConditionModel
+from test_train_inversion_dpo import assert_same, lora
+
+
+@pytest.fixture
+def small_unet(tiny_model, tmp_path):
+    """The tiny model with a U-Net of one level, which takes seconds to trace."""
+    folder = shutil.copytree(tiny_model, tmp_path / "small_unet")
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=4, block_out_channels=(16,), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=["CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D"], cross_attention_dim=16,
+        mid_block_type=None,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def compile_quickly(monkeypatch):
+    """Compiles without a C++ compiler, graphs and all but the kernels; returns dynamo's counters."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: original(*args, backend="aot_eager", **options))
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        ({}, 2),  # reference, policy with a gradient
+        ({"trajectory_chunk": 3, "gradient_checkpointing": True}, 5),  # the policy 2 x 2: chunk sizes and gradient
+    ],
+    ids=["plain", "chunks"],
+)
+def test_compiled_equals_eager_with_few_graphs(train, small_unet, tmp_path, compile_quickly, options, graphs):
+    options |= {"pretrained_model_name_or_path": small_unet, "lora_target_modules": ["to_q", "to_v"]}
+    options |= {"learning_rate": 1e-3, "max_train_steps": 4, "checkpointing_steps": 2}
+    eager = train("eager", **options)
+    shutil.copytree(eager / "checkpoint-2", tmp_path / "compiled" / "checkpoint-2")
+    options |= {"validation_prompts": ["a red circle"], "validation_steps": 1, "num_validation_images": 1}
+    options |= {"validation_inference_steps": 1, "resume_from_checkpoint": "latest"}
+    assert_same(lora(train("compiled", compile=True, **options)), lora(eager), atol=1e-5)
+    assert compile_quickly["stats"]["unique_graphs"] == graphs + 1  # and the check's own
+    assert not compile_quickly["graph_break"]
+
+
+def test_without_a_compiler_nothing_is_loaded(refused, no_models, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    message = refused(compile=True)
+    assert "--compile needs a C++ compiler, such as g++" in message and "no-such-compiler" in message
+    torch._dynamo.reset()
