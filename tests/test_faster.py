@@ -60,3 +60,31 @@ def test_without_a_compiler_nothing_is_loaded(refused, no_models, monkeypatch):
     message = refused(compile=True)
     assert "--compile needs a C++ compiler, such as g++" in message and "no-such-compiler" in message
     torch._dynamo.reset()
+
+
+def test_checkpointing_is_around_the_policy_only(train, monkeypatch):
+    """Where no gradient is wanted nothing is stored, so recomputing would be waste."""
+    with_gradient = []
+    original = torch.utils.checkpoint.checkpoint
+
+    def checkpoint(*args, **options):
+        with_gradient.append(torch.is_grad_enabled())
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", checkpoint)
+    train(max_train_steps=1, gradient_checkpointing=True, trajectory_chunk=3)
+    assert with_gradient and all(with_gradient)
+
+
+def test_the_fused_optimizer_takes_the_same_steps(train, script, monkeypatch):
+    fused = train("fused", max_train_steps=3, learning_rate=1e-3)
+    original, seen = torch.optim.AdamW, []
+
+    def adamw(*args, fused, **options):
+        seen.append(fused)
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    plain = train("plain", max_train_steps=3, learning_rate=1e-3)
+    assert seen == [True]
+    assert_same(lora(fused), lora(plain), atol=1e-6)
