@@ -1997,6 +1997,14 @@ def log_pictures(accelerator, files: list[Path], step: int) -> None:
                 tracker.log_images({name: [picture]}, step=step)
 
 
+def mean_metrics(metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of each metric over those updates that were finite, or the last one's; a count stays one."""
+    last = metrics[-1]
+    rows = [row for row in metrics if all(map(math.isfinite, row.values()))] or [last]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in last if name not in ("step", "bad_steps")}
+    return {**means, "bad_steps": last["bad_steps"]}
+
+
 def final_metrics(metrics: list[dict[str, float]], updates: int = 20) -> dict[str, float]:
     """Returns the mean of each metric over the last updates that were finite, and how many were not in all."""
     rows = [row for row in metrics if all(map(math.isfinite, row.values()))][-updates:]

@@ -100,6 +100,7 @@ from inversion_utils import (
     load_pairs,
     log_pictures,
     map_condition,
+    mean_metrics,
     noise_from_model_output,
     number,
     one_line,
@@ -133,7 +134,7 @@ FREE_ON_RESUME = set(
     "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
     "allow_tf32 dataloader_num_workers dry_run max_bad_fraction max_bad_steps checkpointing_steps "
     "checkpoints_total_limit logging_dir report_to validation_prompts validation_steps num_validation_images "
-    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile".split()
+    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile log_every".split()
 )
 
 
@@ -258,6 +259,7 @@ def parse_args(argv=None):
     add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
     add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
     add("--logging_dir", default="logs", help="folder of the logs, within --output_dir")
+    add("--log_every", type=count, default=1, help="updates between logged metrics, each the mean since the last")
     add("--report_to", choices=[*LoggerType.list(), "none"], default="tensorboard", help="where metrics are logged")
     # fmt: on
 
@@ -757,7 +759,7 @@ def main(argv=None):
 
             # Once per update: clip, look at the metrics, step
             means.add(grad_norm=accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm))
-            means.add(stop=torch.tensor(stop.received > 0, device=accelerator.device))
+            means.add(stop=torch.full((), stop.received > 0, device=accelerator.device))  # a tensor's copy would wait
             means.add(usable=torch.cat([usable for _, usable in usable_rows]))
             logs = means.pop(accelerator)
             is_stopping = logs.pop("stop") > 0
@@ -780,7 +782,8 @@ def main(argv=None):
         bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
         logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}
         metrics.append({"step": step, **logs})
-        accelerator.log(logs, step=step)
+        if is_stopping or step % args.log_every == 0 or step == max_train_steps:
+            accelerator.log(mean_metrics(metrics[-((step - 1) % args.log_every + 1) :]), step=step)
         if not is_bad:
             lr_scheduler.step()
         progress.update()

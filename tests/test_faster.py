@@ -1,12 +1,13 @@
 """Options that make a run faster or smaller and must not change what it learns."""
 
+import json
 import shutil
 
 import pytest
 import torch
 import torch._inductor.config
 from diffusers import UNet2DConditionModel
-from test_train_inversion_dpo import assert_same, lora
+from test_train_inversion_dpo import assert_same, logged, lora, spoil_losses
 
 
 @pytest.fixture
@@ -88,3 +89,43 @@ def test_the_fused_optimizer_takes_the_same_steps(train, script, monkeypatch):
     plain = train("plain", max_train_steps=3, learning_rate=1e-3)
     assert seen == [True]
     assert_same(lora(fused), lora(plain), atol=1e-6)
+
+
+def test_log_every_logs_means(train, monkeypatch):
+    """Of the updates since the last, the run's last ones too; one that is not finite does not spoil the others."""
+    spoil_losses(monkeypatch, at_steps={1})
+    options = {"max_train_steps": 5, "lr_scheduler": "linear", "report_to": "tensorboard"}
+    output_dir = train(log_every=2, **options)
+    every = json.loads((output_dir / "checkpoint-5" / "training_state.json").read_text())["metrics"]
+    for tag in ("loss", "lr", "policy_error", "rewards/margins"):
+        first, _, third, fourth, fifth = (row[tag] for row in every)
+        assert logged(output_dir, tag) == pytest.approx([first, (third + fourth) / 2, fifth], rel=1e-5), tag
+    assert logged(output_dir, "bad_steps") == [1, 1, 1]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor as if on an accelerator: what is computed of it is one too, and reading its values is counted."""
+
+    reads = []
+    READERS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "equal")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        by_mask = name == "__getitem__" and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in cls.READERS or by_mask:
+            cls.reads.append(name)
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("options", [{}, {"objective": "diffusion_dpo"}, {"trajectory_chunk": 3}], ids=str)
+def test_an_update_waits_for_the_device_once(train, script, monkeypatch, options):
+    """The metrics are read once per update, whatever the batches; everything else follows from the latents."""
+    original = script.encode_images
+    monkeypatch.setattr(script, "encode_images", lambda *args: original(*args).as_subclass(OnDevice))
+    OnDevice.reads.clear()
+    train(max_train_steps=3, gradient_accumulation_steps=2, **options)
+    assert OnDevice.reads == ["tolist"] * 3
