@@ -26,6 +26,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import logging
 import math
 import pickle
 import platform
@@ -1552,6 +1553,34 @@ def check_compiler(device: torch.device) -> None:
         raise ValueError(f"--compile needs {remedy}, and failed on {device}: {one_line(error)}") from error
 
 
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def check_quantization(device: torch.device) -> None:
+    """Raises ValueError unless diffusers quantizes on the device."""
+    if device.type not in ("cuda", "xpu"):
+        raise ValueError(f"--quantize_base needs a GPU; diffusers does not quantize on {device.type}")
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns the arguments with which `from_pretrained` quantizes linear layers (QLoRA, arXiv 2305.14314).
+
+    Args:
+        kind: "nf4", "int8", or None for no quantization.
+        dtype: of the products and of all else.
+    """
+    from diffusers import BitsAndBytesConfig
+
+    if kind is None:
+        return {}
+    if kind == "nf4":
+        options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    else:  # above a threshold, columns that any row of the batch has an outlier in would be taken out of all rows:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns at every product that is not in half
+        options = {"load_in_8bit": True, "llm_int8_threshold": 0.0}  # policy and reference see different batches
+    return {"quantization_config": BitsAndBytesConfig(**options)}
+
+
 def map_condition(function: Callable, *conditions: dict[str, Any]) -> dict[str, Any]:
     """Applies a function to every tensor of a (nested) conditioning dict, or to the matching tensors of several."""
     mapped = {}
@@ -1908,8 +1937,10 @@ class Validation:
 
     def _draw(self, step: int) -> list[Path]:
         unet = self.pipeline.unet
-        was_training = unet.training
+        was_training, dtype = unet.training, unet.dtype
         unet.eval()
+        # Latents in the U-Net's precision, as in training: autocast does not reach quantized layers.
+        in_own_precision = unet.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
         try:
             devices = [unet.device] if unet.device.type == "cuda" else []
             with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):  # no graphs for samples
@@ -1918,6 +1949,7 @@ class Validation:
                         self._without = [self._sample(prompt) for prompt in self.prompts]
                 with_lora = [self._sample(prompt) for prompt in self.prompts]
         finally:
+            in_own_precision.remove()
             unet.train(was_training)
         self.folder.mkdir(exist_ok=True)
         files = [self.folder / f"step-{step:06}-prompt-{i}.png" for i in range(len(self.prompts))]

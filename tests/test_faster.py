@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import torch._inductor.config
-from diffusers import UNet2DConditionModel
-from test_train_inversion_dpo import assert_same, logged, lora, spoil_losses
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from test_train_inversion_dpo import assert_same, draw_picture, logged, lora, spoil_losses
 
 
 @pytest.fixture
@@ -129,3 +129,48 @@ def test_an_update_waits_for_the_device_once(train, script, monkeypatch, options
     OnDevice.reads.clear()
     train(max_train_steps=3, gradient_accumulation_steps=2, **options)
     assert OnDevice.reads == ["tolist"] * 3
+
+
+def test_quantizing_needs_a_gpu(refused, no_models):
+    assert refused(quantize_base="nf4") == "--quantize_base needs a GPU; diffusers does not quantize on cpu"
+
+
+def test_quantizing_needs_bitsandbytes(refused, no_models, script, monkeypatch):
+    monkeypatch.setattr(script, "is_bitsandbytes_available", lambda: False)
+    assert "--quantize_base int8 needs bitsandbytes" in refused(quantize_base="int8")
+
+
+@pytest.fixture
+def quantizes_on_cpus(script, monkeypatch):
+    """Takes away the refusals, ours and diffusers': bitsandbytes has kernels for CPUs."""
+    from diffusers.quantizers import bitsandbytes as quantizers
+
+    monkeypatch.setattr(script, "check_quantization", lambda device: None)
+    for quantizer in (quantizers.BnB4BitDiffusersQuantizer, quantizers.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(quantizer, "validate_environment", lambda *args, **options: None)
+        monkeypatch.setattr(quantizer, "update_device_map", lambda *args: {"": "cpu"})
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_base_learns_nearly_the_same(train, quantizes_on_cpus, tiny_model, script, monkeypatch, kind):
+    """The LoRA is float32, starts at the quantized reference, and moves as it would from the other."""
+    unets, add_lora = [], script.add_lora
+    monkeypatch.setattr(script, "add_lora", lambda unet, *args: unets.append(unet) or add_lora(unet, *args))
+    options = {"max_train_steps": 3, "learning_rate": 2e-3, "train_batch_size": 4, "trajectory_chunk": 3}
+    plain = train("plain", report_to="tensorboard", **options)
+    options |= {"quantize_base": kind, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    pictures = {"validation_prompts": ["a"], "num_validation_images": 1, "validation_inference_steps": 2}
+    quantized = train("quantized", report_to="tensorboard", checkpointing_steps=2, **options, **pictures)
+    kinds = {module.__class__.__name__ for module in unets[1].modules() if not hasattr(module, "lora_A")}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind] in kinds
+    (start, *_, end), (_, *_, plain_end) = (logged(folder, "rewards/margins") for folder in (quantized, plain))
+    assert abs(start) < 1e-4  # the policy begins as the reference, in whatever chunks either is called
+    assert abs(plain_end) > 0.1 and end == pytest.approx(plain_end, rel=0.25)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in lora(quantized).values())
+    assert len(list((quantized / "validation").glob("*.png"))) == 1
+    shutil.copytree(quantized / "checkpoint-2", quantized.with_name("resumed") / "checkpoint-2")
+    assert_same(lora(train("resumed", resume_from_checkpoint="latest", **options)), lora(quantized))
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    before = draw_picture(pipe)
+    pipe.load_lora_weights(quantized)
+    assert (draw_picture(pipe) - before).abs().max() > 1e-4
