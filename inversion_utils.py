@@ -1600,6 +1600,23 @@ def reference_policy(unet) -> Iterator[None]:
         unet.enable_adapters()
 
 
+@contextlib.contextmanager
+def on_device(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Within it, frozen modules are on the device; weights that came from elsewhere are then dropped there.
+
+    Their own copy stays where it is, so nothing is copied back.
+    """
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    homes = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
+    try:
+        for tensor, home in homes:
+            tensor.data = to_device(home, device)
+        yield
+    finally:
+        for tensor, home in homes:
+            tensor.data = home
+
+
 @torch.no_grad()
 def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
     """Returns scaled latents (N, C, h, w) in float32, the mode of the VAE's posterior, for pixels (N, 3, H, W)."""
@@ -1943,7 +1960,9 @@ class Validation:
         in_own_precision = unet.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
         try:
             devices = [unet.device] if unet.device.type == "cuda" else []
-            with torch.compiler.set_stance("force_eager"), torch.random.fork_rng(devices):  # no graphs for samples
+            others = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+            eager = torch.compiler.set_stance("force_eager")  # no graphs for samples
+            with eager, torch.random.fork_rng(devices), on_device(others, unet.device):
                 if self._without is None:
                     with reference_policy(unet):
                         self._without = [self._sample(prompt) for prompt in self.prompts]

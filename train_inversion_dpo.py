@@ -102,6 +102,7 @@ from inversion_utils import (
     mean_metrics,
     noise_from_model_output,
     number,
+    on_device,
     one_line,
     peak_memory,
     prediction_error,
@@ -134,7 +135,8 @@ FREE_ON_RESUME = set(
     "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
     "allow_tf32 dataloader_num_workers dry_run max_bad_fraction max_bad_steps checkpointing_steps "
     "checkpoints_total_limit logging_dir report_to validation_prompts validation_steps num_validation_images "
-    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile log_every".split()
+    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile log_every "
+    "offload".split()
 )
 
 
@@ -226,6 +228,8 @@ def parse_args(argv=None):
     add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy step")
     add("--quantize_base", choices=QUANTIZATIONS,
         help="keep the frozen linear layers of the U-Net in 4 or 8 bits: less memory, less exact, slower")
+    add("--offload", action="store_true",
+        help="keep VAE and text encoders in the CPU's memory between uses: less memory, some copying per batch")
     add("--compile", action="store_true",
         help="compile the U-Net by torch.compile: the first update takes minutes, the others less time")
     add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; less takes less memory")
@@ -553,7 +557,7 @@ def main(argv=None):
     except Exception as problem:  # damaged files fail in many kinds
         model = args.pretrained_model_name_or_path
         error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
-    for module in (*text_encoders, vae, unet):
+    for module in (unet,) if args.offload else (*text_encoders, vae, unet):
         module.to(accelerator.device)
     lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
     if args.gradient_checkpointing:
@@ -670,14 +674,15 @@ def main(argv=None):
         long_captions.add(batch["cut_captions"])
         with accelerator.accumulate(policy):
             # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
-            latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+            with on_device((vae, *text_encoders), accelerator.device):
+                latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+                cond = encode_prompts(text_encoders, batch["input_ids"], batch)
+                empty_cond = None
+                if args.inversion_guidance_scale > 1:
+                    empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
             usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
             usable_rows.append((batch["rows"], usable))
             latents = latents.where(usable[:, None, None, None], 0.0)
-            cond = encode_prompts(text_encoders, batch["input_ids"], batch)
-            empty_cond = None
-            if args.inversion_guidance_scale > 1:
-                empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
             index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
             timesteps = training_timesteps[index].repeat(1, 2)
             strength = to_device(batch["strength"], latents.device) if args.preference_strength == "margin" else None

@@ -1,13 +1,18 @@
 """Options that make a run faster or smaller and must not change what it learns."""
 
+import contextlib
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch._inductor.config
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from test_train_inversion_dpo import assert_same, draw_picture, logged, lora, spoil_losses
+
+import inversion_utils
+from inversion_utils import on_device
 
 
 @pytest.fixture
@@ -174,3 +179,52 @@ def test_a_quantized_base_learns_nearly_the_same(train, quantizes_on_cpus, tiny_
     before = draw_picture(pipe)
     pipe.load_lora_weights(quantized)
     assert (draw_picture(pipe) - before).abs().max() > 1e-4
+
+
+def test_offloaded_modules_come_and_go(monkeypatch):
+    """The weights at home are not touched, and are back also after an error. "cpu:0" stands for an accelerator."""
+    monkeypatch.setattr(inversion_utils, "to_device", lambda tensor, device: tensor.clone())
+    module = torch.nn.BatchNorm1d(3).requires_grad_(False)
+    home = {name: (value.clone(), value.data_ptr()) for name, value in module.state_dict().items()}
+    with pytest.raises(MemoryError), on_device([module], torch.device("cpu:0")):
+        for name, value in module.state_dict().items():
+            assert value.data_ptr() != home[name][1]
+            value.add_(1)
+        raise MemoryError
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, home[name][0]) and value.data_ptr() == home[name][1]
+    with on_device([module], torch.device("cpu")):  # which is there already
+        assert all(value.data_ptr() == home[name][1] for name, value in module.state_dict().items())
+
+
+def test_with_offload_the_encoders_are_on_the_device_only_where_they_are_used(train, script, monkeypatch):
+    moved, uses, inside = [], [], []
+
+    @contextlib.contextmanager
+    def watched(modules, device):
+        inside.append([type(module).__name__ for module in modules])
+        with on_device(modules, device):
+            yield
+        uses.append(inside.pop())
+
+    def to(self, *args, **options):
+        moved.append(type(self).__name__)
+        return original(self, *args, **options)
+
+    def encode(function, *args):
+        assert inside
+        return function(*args)
+
+    options = {"max_train_steps": 2, "validation_prompts": ["a"], "num_validation_images": 1}
+    options |= {"validation_inference_steps": 1, "inversion_guidance_scale": 1.5, "learning_rate": 1e-3}
+    plain = lora(train("plain", **options))
+    original = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(script, "on_device", watched)
+    monkeypatch.setattr(inversion_utils, "on_device", watched)
+    for name in ("encode_images", "encode_prompts"):
+        monkeypatch.setattr(script, name, partial(encode, getattr(script, name)))
+    assert_same(lora(train("offload", offload=True, **options)), plain)
+    assert not {"AutoencoderKL", "CLIPTextModel"} & set(moved[: moved.index("UNet2DConditionModel") + 1])
+    assert len(uses) == 3  # two batches and the pictures
+    assert all({"AutoencoderKL", "CLIPTextModel"} <= set(names) for names in uses)
