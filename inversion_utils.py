@@ -38,7 +38,7 @@ import string
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -1542,6 +1542,22 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"  # of a checkpoint
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+
+
+def check_launcher(environment: Mapping[str, str]) -> None:
+    """Raises ValueError if accelerate was told to shard the model; to be asked before it starts doing so.
+
+    DeepSpeed steps the optimizer within the backward pass, so that chunks of a trajectory cannot be summed up and a
+    bad update cannot be skipped. FSDP gathers weights in its wrapper only, beside which the reference is called.
+    """
+    from accelerate.utils import str_to_bool
+
+    for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        if str_to_bool(environment.get(f"ACCELERATE_USE_{name.upper()}", "false")):
+            raise ValueError(
+                f"{name} is not supported, and would save little: gradients and optimizer are the LoRA's alone. "
+                "Launch with accelerate's MULTI_GPU (examples/ddp.yaml); for memory, see --quantize_base and --offload"
+            )
 
 
 def check_compiler(device: torch.device) -> None:

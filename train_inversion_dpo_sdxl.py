@@ -80,6 +80,7 @@ from inversion_utils import (
     backward_in_chunks,
     check_compiler,
     check_data_options,
+    check_launcher,
     check_lora_targets,
     check_output_dir,
     check_quantization,
@@ -539,6 +540,7 @@ def main(argv=None):
     num_targets = timesteps_per_pair(args)
     options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
     try:
+        check_launcher(os.environ)
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint)
         noise_scheduler, model_index = load_noise_scheduler(args), load_model_index(args)

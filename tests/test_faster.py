@@ -3,13 +3,15 @@
 import contextlib
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch._inductor.config
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from test_train_inversion_dpo import assert_same, draw_picture, logged, lora, spoil_losses
+from test_train_inversion_dpo import ONE_THREAD, ROOT, assert_same, draw_picture, logged, lora, spoil_losses
 
 import inversion_utils
 from inversion_utils import on_device
@@ -228,3 +230,29 @@ def test_with_offload_the_encoders_are_on_the_device_only_where_they_are_used(tr
     assert not {"AutoencoderKL", "CLIPTextModel"} & set(moved[: moved.index("UNet2DConditionModel") + 1])
     assert len(uses) == 3  # two batches and the pictures
     assert all({"AutoencoderKL", "CLIPTextModel"} <= set(names) for names in uses)
+
+
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+def test_sharding_is_refused(refused, no_models, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    message = refused()
+    assert message.upper().startswith(f"{name} IS NOT SUPPORTED") and "examples/ddp.yaml" in message
+
+
+def test_the_configuration_for_several_gpus(train, tiny_model, pairs_dir, tmp_path):
+    """On two CPUs in place of GPUs: two processes with half the batch each take the steps of one."""
+    options = {"max_train_steps": 3, "learning_rate": 1e-3, "report_to": "none"}
+    one = train("one", train_batch_size=4, **options)
+    options |= {"mixed_precision": "no", "train_batch_size": 2, "resolution": 32, "rank": 4}
+    options |= {
+        "pretrained_model_name_or_path": tiny_model,
+        "train_data_dir": pairs_dir,
+        "output_dir": tmp_path / "two",
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "examples" / "ddp.yaml"]
+    command = [*launcher, "--main_process_port", "0", ROOT / "train_inversion_dpo.py", *words]
+    done = subprocess.run(list(map(str, command)), env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "updates of 4 pairs" in done.stderr
+    assert_same(lora(tmp_path / "two"), lora(one), atol=2e-6)
