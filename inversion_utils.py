@@ -3,9 +3,10 @@
     1  inversion     `invert` finds, by DDIM inversion, the noise that belongs to an image
     2  objectives    `preference_loss` turns policy and reference errors into a DPO loss
     3  pairs         reading preference pairs: a better and a worse image for one caption
-    4  training      LoRA, checkpoints, and the rest of what both scripts share around the loop
-    5  results       what a run leaves: validation pictures, report, model card, upload to the Hub
-    6  dry run       what can be known of data, inversion and cost before a run
+    4  cache         keeping what inversion found, across epochs and runs
+    5  training      LoRA, checkpoints, and the rest of what both scripts share around the loop
+    6  results       what a run leaves: validation pictures, report, model card, upload to the Hub
+    7  dry run       what can be known of data, inversion and cost before a run
 
 Sections 1 and 2 are plain PyTorch and know neither the model nor the training script: copy them, or import this file,
 into a trainer of your own. Inversion-DPO is arXiv 2507.11554, DDIM-InPO is arXiv 2503.18454, Diffusion-DPO is
@@ -21,6 +22,7 @@ import base64
 import binascii
 import concurrent.futures
 import contextlib
+import hashlib
 import html
 import importlib.metadata
 import io
@@ -28,6 +30,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pickle
 import platform
 import re
@@ -37,10 +40,12 @@ import signal
 import string
 import tempfile
 import textwrap
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -1401,6 +1406,11 @@ def visit_rng(seed: int, visit: int, purpose: int = 0) -> np.random.Generator:
     return np.random.default_rng([seed, purpose, visit])
 
 
+def draw_rng(seed: int, index: int, draw: int) -> np.random.Generator:
+    """Returns the random numbers of one of a pair's repeated visits, see `InversionCache`."""
+    return np.random.default_rng([seed, 3, index, draw])
+
+
 class PreferenceDataset(torch.utils.data.Dataset):
     """Training examples by (visit, item): pixels and all random draws of that visit.
 
@@ -1418,6 +1428,11 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     An unusable pair is replaced by another. In a stream, where there is no other, its pixels are NaN.
 
+    With a `cache`, an `InversionCache`, the draws belong to the pair and its draw instead of the visit, but for the
+    timesteps where the cache keeps latents only. Then there is
+        cached: what the cache knows of this visit, see `CachedVisit`;
+    and pixel_values, original_sizes and corners are left out where it knows all.
+
     Args:
         min_image_size: the least length of the shorter side, in pixels.
         strength_scale: k of the strength 2 sigmoid(k margin) - 1 (SmPO, arXiv 2506.02698); 1 throughout if None.
@@ -1433,16 +1448,30 @@ class PreferenceDataset(torch.utils.data.Dataset):
         self.random_crop, self.random_flip = random_crop, random_flip
         self.proportion_empty_prompts = proportion_empty_prompts
         self.min_image_size, self.strength_scale = min_image_size, strength_scale
+        self.cache = None
 
     def __getitem__(self, visit_and_item: tuple[int, Any]) -> dict[str, Any]:
         visit, item = visit_and_item
         rng = visit_rng(self.seed, visit)
         top, left, flip, empty, *uniforms = rng.random(4 + self.num_targets)
+        if self.cache:
+            rng = draw_rng(self.seed, item, visit // self.pairs.num_pairs % self.cache.num_draws)
+            top, left, flip, empty, *repeated, which = rng.random(5 + self.num_targets)
+            uniforms = uniforms if self.cache.latents_only else repeated
+        uniforms = torch.tensor(uniforms, dtype=torch.float64)
         crop = (top, left) if self.random_crop else (0.5, 0.5)
         flip = self.random_flip and flip < 0.5
-        bad_rows = list(self.pairs.skipped_before(item))
+        bad_rows, caption, cached = list(self.pairs.skipped_before(item)), None, None
         for _ in range(self.MAX_ATTEMPTS):
             try:
+                if self.cache:
+                    pair = self.pairs[item]
+                    caption = (
+                        "" if empty < self.proportion_empty_prompts else pair.captions[int(which * len(pair.captions))]
+                    )
+                    cached = self.cache.look_up(pair, caption, crop, flip, uniforms)
+                    if cached.is_complete:
+                        break
                 pair, images = self.open(item)
                 break
             except BadRow as error:
@@ -1454,21 +1483,28 @@ class PreferenceDataset(torch.utils.data.Dataset):
         else:
             name, reason = bad_rows[0]
             raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unusable; the first: {name}, {reason}")
-        views = [resize_and_crop(image, self.resolution, crop, flip) for image in images]
-        pixel_values = torch.stack([view.pixels for view in views])
-        caption = pair.captions[int(rng.integers(len(pair.captions)))]
+        if caption is None:
+            caption = pair.captions[int(rng.integers(len(pair.captions)))]
+            caption = "" if empty < self.proportion_empty_prompts else caption
         has_margin = self.strength_scale is not None and not pair.is_tie
-        return {
+        example = {
             "visit": visit,
             "row": self.pairs.row_name(item),
+            "caption": caption,
+            "strength": math.tanh(self.strength_scale * pair.margin / 2) if has_margin else 1.0,
+            "is_tie": pair.is_tie,
+            "uniforms": uniforms,
+            "bad_rows": bad_rows,
+            "cached": cached,
+        }
+        if cached and cached.is_complete:
+            return example
+        views = [resize_and_crop(image, self.resolution, crop, flip) for image in images]
+        pixel_values = torch.stack([view.pixels for view in views])
+        return example | {
             "pixel_values": pixel_values if pair.winner is not None else torch.full_like(pixel_values, math.nan),
             "original_sizes": torch.tensor([view.original_size for view in views]),
             "corners": torch.tensor([view.corner for view in views]),
-            "caption": "" if empty < self.proportion_empty_prompts else caption,
-            "strength": math.tanh(self.strength_scale * pair.margin / 2) if has_margin else 1.0,
-            "is_tie": pair.is_tie,
-            "uniforms": torch.tensor(uniforms, dtype=torch.float64),
-            "bad_rows": bad_rows,
         }
 
     def open(self, item: Any) -> tuple[Pair, list[Image.Image]]:
@@ -1536,7 +1572,369 @@ class RowLog:
             self.reasons.setdefault(name, reason)
 
 
-# 4  Training
+# 4  Inversion cache
+
+CACHE_FORMAT = 1  # part of every key: to be raised when what an entry holds, or how it is computed, changes
+SHARD_BYTES = 64 * 2**20
+CACHE_OVERHEAD = 2**10  # bytes of an entry's names, shapes and checksum, at most
+SAMPLED_BYTES, SAMPLE_STRIDE = 2**12, 2**20  # of a large file: so many bytes at every so many
+MAX_HEADERS = 16  # of shards, kept in memory
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "BOOL": torch.bool,
+}  # fmt: skip
+IMAGE_CONDITION = "time_ids"  # conditioning that belongs to the image; all other belongs to the caption
+
+Entry = dict[str, torch.Tensor]
+
+
+class Visits(NamedTuple):
+    """What the policy's step needs to know of a batch of B visits; a cache keeps all of it, or all but the last two.
+
+    Attributes:
+        latents: (2B, C, h, w), x_0, zero where they are not usable.
+        usable: (2B,) bool, see `finite_pairs`.
+        cond: the U-Net's conditioning (2B, ...).
+        trajectory: the states and targets, None if not known yet.
+        reference_error: (M, 2B), the reference's errors at these states, None if not known yet.
+    """
+
+    latents: torch.Tensor
+    usable: torch.Tensor
+    cond: dict[str, Any]
+    trajectory: Trajectory | None = None
+    reference_error: torch.Tensor | None = None
+
+
+class CachedVisit(NamedTuple):
+    """What a cache knows of a visit and of its caption: their keys, and their entries or None.
+
+    Attributes:
+        damaged: list of (file, reason) of the cache's damaged files that were met so far.
+    """
+
+    key: str
+    text_key: str
+    entry: Entry | None
+    text: Entry | None
+    damaged: list[tuple[str, str]]
+
+    @property
+    def is_complete(self) -> bool:
+        return self.entry is not None and self.text is not None
+
+
+def digest(*parts: Any, size: int = 16) -> str:
+    """Returns a hash of bytes, and of the text of anything else, each with its length."""
+    total = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode(errors="surrogatepass")
+        total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
+
+
+def image_digest(value: Any) -> str:
+    """Returns a hash of an image, of encoded bytes as they are, else of its pixels; raises what `decode_image` does."""
+    if isinstance(value, bytes):
+        return digest(value)
+    image = decode_image(value)
+    return digest(image.size, image.tobytes())
+
+
+def files_digest(folder: str | Path, parts: Sequence[str]) -> str:
+    """Returns a hash of the configurations and weights in some parts (subfolders) of a model's folder.
+
+    Files above 16 strides are sampled: their size, and 4 KiB of every MiB, the beginning with the names and shapes of
+    the weights among them. Another fine-tune changes those; a change of less than a MiB of weights may be overlooked.
+    """
+    found = []
+    for file in sorted(file for part in parts for file in Path(folder, part).glob("*")):
+        if file.suffix in (".json", ".safetensors", ".bin", ".txt"):
+            size = file.stat().st_size
+            step, length = (SAMPLE_STRIDE, SAMPLED_BYTES) if size > 16 * SAMPLE_STRIDE else (max(size, 1), size)
+            with file.open("rb") as stream:
+                for position in range(0, size, step):
+                    stream.seek(position)
+                    found.append(stream.read(length))
+            found.append(f"{file.relative_to(folder)} {size}")
+    return digest(*found)
+
+
+def split_visits(visits: Visits) -> list[tuple[Entry, Entry]]:
+    """Returns for each visit its entry, with both images in the axis of the batch, and its caption's, on the CPU."""
+
+    def by_pair(values, axis):
+        return values.detach().cpu().unflatten(axis, (2, -1)).movedim(axis + 1, 0)
+
+    columns, texts = {"latents": by_pair(visits.latents, 0), "usable": by_pair(visits.usable, 0)}, {}
+    if visits.trajectory is not None:
+        columns |= {name: by_pair(getattr(visits.trajectory, name), 1) for name in ("timesteps", "noise")}
+        columns["reference_error"] = by_pair(visits.reference_error, 1)
+    for name, values in _flatten(visits.cond).items():
+        if name.endswith(IMAGE_CONDITION):
+            columns[name] = by_pair(values, 0)
+        else:
+            texts[name] = values.chunk(2)[0].cpu()
+    return [
+        tuple({name: x[i].clone(memory_format=torch.contiguous_format) for name, x in part.items()} for part in parts)
+        for i, parts in enumerate([(columns, texts)] * len(columns["latents"]))
+    ]
+
+
+def join_visits(found: list[tuple[Entry, Entry]], alphas_cumprod: torch.Tensor) -> Visits:
+    """Returns a batch of visits from their entries and their captions', on the device of `alphas_cumprod`."""
+    entries, texts = zip(*found, strict=True)
+
+    def join(name, axis):
+        values = torch.stack([entry[name] for entry in entries], dim=axis + 1).flatten(axis, axis + 1)
+        return to_device(values, alphas_cumprod.device)
+
+    cond = {name: join(name, 0) for name in entries[0] if name.endswith(IMAGE_CONDITION)}
+    for name in texts[0]:
+        values = to_device(torch.stack([text[name] for text in texts]), alphas_cumprod.device)
+        cond[name] = torch.cat([values, values])
+    visits = Visits(join("latents", 0), join("usable", 0), _unflatten(cond))
+    if "noise" not in entries[0]:
+        return visits
+    timesteps, noise = join("timesteps", 1), join("noise", 1)
+    x_t = add_noise(visits.latents, noise, timesteps, alphas_cumprod)
+    trajectory = Trajectory(timesteps, x_t, noise, None)
+    return visits._replace(trajectory=trajectory, reference_error=join("reference_error", 1))
+
+
+def _flatten(cond: dict[str, Any], prefix: str = "") -> Entry:
+    flat = {}
+    for name, value in cond.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _unflatten(flat: Entry) -> dict[str, Any]:
+    cond = {}
+    for name, value in flat.items():
+        *outer, inner = name.split(".")
+        reduce(lambda level, key: level.setdefault(key, {}), outer, cond)[inner] = value
+    return cond
+
+
+class InversionCache:
+    """Keeps in a folder what visits need and the policy does not change, and the conditioning of captions.
+
+    Visits repeat: a pair has `num_draws` draws of crop, flip, empty caption and timesteps, one an epoch by turns, so
+    that from epoch `num_draws` on nothing is computed twice. An entry's key is a hash over all that determines it, so
+    one made by other settings is never found.
+
+    Entries lie in shards, safetensors files that are written whole or not at all and never changed, with a checksum of
+    every entry in their metadata. Any number of processes may share the folder. What is damaged counts as missing;
+    where two shards hold an entry, the later one is read.
+
+    Args:
+        folder: is made if need be.
+        text_settings: all but the caption that determines its conditioning.
+        visit_settings: all that determines a visit's entry but images, crop, flip, caption and timesteps.
+        training_timesteps: (K,), from which the visit's `uniforms` choose.
+        num_draws: draws per pair.
+        latents_only: entries hold latents, and timesteps are no part of the key.
+    """
+
+    def __init__(self, folder, text_settings, visit_settings, training_timesteps, num_draws, latents_only):
+        self.folder, self.training_timesteps = Path(folder), training_timesteps
+        self.num_draws, self.latents_only = num_draws, latents_only
+        self.text_prefix, self.prefix = (
+            digest(CACHE_FORMAT, json.dumps(settings, sort_keys=True), size=8)
+            for settings in (text_settings, visit_settings)
+        )
+        self.damaged = {}  # file name -> what is wrong
+        self._shards, self._index = set(), {}  # files that were listed; key -> file
+        self._headers, self._listed = {}, None  # of the shards last read; when the folder was
+        self._pending, self._pending_bytes = {}, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.folder).close()
+        self._refresh()
+
+    def look_up(self, pair: Pair, caption: str, crop, flip: bool, uniforms: torch.Tensor) -> CachedVisit:
+        """Returns what is known of a visit; raises BadRow if an image file cannot be read."""
+        parts = [image_digest(pair.winner), image_digest(pair.loser), crop, flip]
+        if not self.latents_only:
+            index = sample_timesteps(uniforms[:, None], 0, len(self.training_timesteps) - 1)
+            parts += [caption, self.training_timesteps[index].flatten().tolist()]
+        key, text_key = f"{self.prefix}-{digest(*parts)}", f"{self.text_prefix}-{digest(caption)}"
+        return CachedVisit(key, text_key, self.find(key), self.find(text_key), list(self.damaged.items()))
+
+    def complete(self, batch: dict[str, Any], compute: Callable[[Any], Visits]) -> list[tuple[Entry, Entry]]:
+        """Returns the entries of a batch's visits and of their captions; computes and keeps those that are missing.
+
+        Everything is returned as it is kept, so that a run that fills the cache and one that reads it are equal.
+        """
+        missing = [cached for cached in batch["cached"] if not cached.is_complete]
+        if any(self.find(key) is None for cached in missing for key in (cached.key, cached.text_key)):
+            for cached, (entry, text) in zip(missing, split_visits(compute(batch["missing"])), strict=True):
+                self._add(cached.key, entry)
+                self._add(cached.text_key, text)
+        found = {key: self.find(key) for cached in missing for key in (cached.key, cached.text_key)}
+        if self._pending_bytes > SHARD_BYTES:
+            self.flush()
+        return [(c.entry, c.text) if c.is_complete else (found[c.key], found[c.text_key]) for c in batch["cached"]]
+
+    def find(self, key: str) -> Entry | None:
+        """Returns an entry, None if it is missing or damaged."""
+        if key in self._pending:
+            return self._pending[key]
+        if key not in self._index:
+            self._refresh()  # another process may have written it
+        if key in self._index:
+            try:
+                return self._read(self._index[key], key)
+            except (OSError, ValueError) as error:
+                self.damaged.setdefault(self._index.pop(key).name, one_line(error))
+        return None
+
+    def flush(self) -> None:
+        """Writes what is not on the disk yet to a shard; raises OSError if that fails."""
+        from safetensors.torch import save
+
+        if not self._pending:
+            return
+        tensors = {f"{key}/{name}": x for key, entry in self._pending.items() for name, x in entry.items()}
+        checksums = {key: _checksum(key, entry) for key, entry in self._pending.items()}
+        file = self.folder / f"cache-{time.time_ns():020}-{uuid.uuid4().hex[:8]}.safetensors"
+        partial = file.with_suffix(".partial")
+        try:
+            with partial.open("wb") as stream:
+                stream.write(save(tensors, checksums))
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.rename(file)
+        finally:
+            partial.unlink(missing_ok=True)
+        self._pending, self._pending_bytes, self._listed = {}, 0, None
+        self._refresh()
+
+    def size(self) -> int:
+        """Returns the bytes of the shards with entries made by these settings."""
+        files = {file for key, file in self._index.items() if key.startswith((self.prefix, self.text_prefix))}
+        return sum(file.stat().st_size for file in files)
+
+    def _add(self, key, entry) -> None:
+        if self.find(key) is None:
+            self._pending[key] = entry
+            self._pending_bytes += sum(value.nbytes for value in entry.values())
+
+    def _read(self, file, key) -> Entry:
+        if file not in self._headers:
+            if len(self._headers) == MAX_HEADERS:
+                self._headers.clear()
+            self._headers[file] = _read_header(file)
+        return _read_entry(file, key, *self._headers[file])
+
+    def _refresh(self) -> None:
+        changed = self.folder.stat().st_mtime_ns
+        if changed == self._listed:
+            return
+        for file in sorted(set(self.folder.glob("cache-*.safetensors")) - self._shards):
+            self._shards.add(file)
+            try:
+                self._index.update(dict.fromkeys(_read_header(file)[0], file))
+            except (OSError, ValueError) as error:
+                self.damaged[file.name] = one_line(error)
+        self._listed = changed
+
+
+def _checksum(key: str, entry: Entry) -> str:
+    parts = []
+    for name, value in sorted(entry.items()):
+        parts += [name, value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()]
+    return digest(key, *parts)
+
+
+def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
+    """Returns a shard's checksum per entry, its safetensors header per entry and name, and where its data begin.
+
+    Raises:
+        ValueError: if the file is not whole, or its header is not.
+    """
+    with file.open("rb") as stream:
+        size, length = os.fstat(stream.fileno()).st_size, int.from_bytes(stream.read(8), "little")
+        if length > size:
+            raise ValueError("the file is cut short or its header is damaged")
+        header = json.loads(stream.read(length))
+    entries, end = {}, 0
+    try:
+        checksums = header.pop("__metadata__")
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            key, part = name.split("/")
+            entries.setdefault(key, {})[part] = tensor
+            gap, end = tensor["data_offsets"][0] - end, tensor["data_offsets"][1]
+            if gap or tensor["dtype"] not in DTYPES:
+                raise ValueError("its header is damaged")
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"its header is damaged ({error!r})") from error
+    if entries.keys() != checksums.keys():
+        raise ValueError("its header is damaged")
+    if size != 8 + length + end:
+        raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
+    return checksums, entries, 8 + length
+
+
+def _read_entry(file, key, checksums, entries, start) -> Entry:
+    """Returns an entry of a shard; raises ValueError or OSError if it is not what was written."""
+    entry = {}
+    try:
+        with file.open("rb") as stream:
+            for name, tensor in entries[key].items():
+                begin, end = tensor["data_offsets"]
+                stream.seek(start + begin)
+                data = torch.frombuffer(bytearray(stream.read(end - begin)), dtype=DTYPES[tensor["dtype"]])
+                entry[name] = data.view(tensor["shape"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"an entry is damaged: {error}") from error
+    if _checksum(key, entry) != checksums[key]:
+        raise ValueError("the checksum of an entry is wrong")
+    return entry
+
+
+def fill_cache(cache, batches: Iterator, compute: Callable, on_batch: Callable, accelerator, stop) -> bool:
+    """Computes what a cache misses of some batches; returns whether it went through all of them before a signal.
+
+    Args:
+        batches: as many in every process.
+        compute: see `InversionCache.complete`.
+        on_batch: called with each batch.
+        stop: a `StopSignal`; one process's ends all.
+    """
+    is_stopping = False
+    for batch in batches:
+        on_batch(batch)
+        cache.complete(batch, compute)
+        is_stopping = accelerator.reduce(torch.tensor(float(stop.received > 0), device=accelerator.device)).item() > 0
+        if is_stopping:
+            break
+    cache.flush()
+    return not is_stopping
+
+
+def collate_cached(
+    examples: list[dict[str, Any]], collate: Callable[[list[dict[str, Any]]], dict[str, Any]], tokenizers: Sequence
+) -> dict[str, Any]:
+    """Returns a batch of examples of which a cache knows some: what `InversionCache.complete` and the loop need.
+
+    "missing" is the batch that `collate` makes of the others, None where there are none.
+    """
+    missing = [example for example in examples if not example["cached"].is_complete]
+    return {
+        "visits": [example["visit"] for example in examples],
+        "rows": [example["row"] for example in examples],
+        "strength": torch.tensor([example["strength"] for example in examples]),
+        "is_tie": torch.tensor([example["is_tie"] for example in examples]),
+        "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
+        "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
+        "cut_captions": cut_captions(tokenizers, examples),
+        "cached": [example["cached"] for example in examples],
+        "missing": collate(missing) if missing else None,
+    }
+
+
+# 5  Training
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
@@ -1878,6 +2276,11 @@ def check_resumed_run(checkpoint: Checkpoint, num_pairs: int | None, options: di
         raise ValueError(
             f"the data have {num_pairs} pairs, but {checkpoint.folder} was made with {checkpoint.num_pairs}"
         )
+    if bool(options.get("inversion_cache_dir")) != bool(checkpoint.options.get("inversion_cache_dir")):
+        raise ValueError(
+            f"{checkpoint.folder} was made {'with' if checkpoint.options.get('inversion_cache_dir') else 'without'} "
+            "--inversion_cache_dir; a run must keep to that, since a cache has draws of its own"
+        )
     for name in checkpoint.options.keys() - free:
         before, now = checkpoint.options[name], options.get(name)
         if before != now:
@@ -1923,7 +2326,7 @@ def check_output_dir(output_dir: str | Path, checkpoint: Checkpoint | None) -> N
         raise ValueError(f"--output_dir {output_dir} cannot be written: {error}") from error
 
 
-# 5  What a run leaves
+# 6  What a run leaves
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.json"
@@ -2303,7 +2706,7 @@ def push_to_hub(repo_id: str, folder: str | Path, token: str | None) -> None:
         ) from error
 
 
-# 6  Dry run
+# 7  Dry run
 
 DRY_RUN_FILE = "dry_run.json"
 CONTACT_SHEET_FILE = "dry_run.png"

@@ -36,6 +36,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -56,6 +57,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
+    CACHE_OVERHEAD,
     CONTACT_SHEET_FILE,
     DRY_RUN_UPDATES,
     LORA_TARGETS,
@@ -64,6 +66,7 @@ from inversion_utils import (
     QUANTIZATIONS,
     VALIDATION_DIR,
     Checkpoint,
+    InversionCache,
     PairColumns,
     PreferenceDataset,
     RowLog,
@@ -71,6 +74,7 @@ from inversion_utils import (
     StopSignal,
     Trajectory,
     Validation,
+    Visits,
     add_data_options,
     add_lora,
     add_noise,
@@ -82,20 +86,26 @@ from inversion_utils import (
     check_output_dir,
     check_quantization,
     check_resumed_run,
+    collate_cached,
     command_line,
     count_by_reason,
     create_hub_repo,
     cut_captions,
+    digest,
     draw_contact_sheet,
     encode_images,
     exceeds,
+    files_digest,
+    fill_cache,
     final_metrics,
     find_checkpoint,
     finite_pairs,
     forward_noise,
     inspect_pairs,
     invert,
+    is_local,
     is_zero_lora,
+    join_visits,
     leave_signals_to_the_main_process,
     load_pairs,
     log_pictures,
@@ -131,13 +141,13 @@ LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_
 # Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
 # model and data are, which may have moved.
 FREE_ON_RESUME = set(
-    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir output_dir "
-    "resume_from_checkpoint max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps "
-    "trajectory_chunk vae_encode_batch_size gradient_checkpointing enable_xformers_memory_efficient_attention "
-    "allow_tf32 dataloader_num_workers dry_run max_bad_fraction max_bad_steps checkpointing_steps "
-    "checkpoints_total_limit logging_dir report_to validation_prompts validation_steps num_validation_images "
-    "validation_inference_steps validation_guidance_scale push_to_hub hub_model_id hub_private_repo compile log_every "
-    "offload".split()
+    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir "
+    "output_dir resume_from_checkpoint max_train_steps num_train_epochs train_batch_size "
+    "gradient_accumulation_steps trajectory_chunk vae_encode_batch_size gradient_checkpointing "
+    "enable_xformers_memory_efficient_attention allow_tf32 dataloader_num_workers dry_run max_bad_fraction "
+    "max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir report_to validation_prompts "
+    "validation_steps num_validation_images validation_inference_steps validation_guidance_scale push_to_hub "
+    "hub_model_id hub_private_repo compile log_every offload inversion_cache_dir precompute_only".split()
 )
 
 
@@ -202,6 +212,15 @@ def parse_args(argv=None):
         help="margin: pairs with close scores count less, logits are scaled by 2 sigmoid(k (score_w - score_l)) - 1")
     add("--preference_strength_scale", type=positive, default=1.0,
         help="k, in 1 / units of the scores; higher counts closer pairs as certain")
+
+    group = parser.add_argument_group("cache: what training does not change, kept across epochs and runs")
+    add = group.add_argument
+    add("--inversion_cache_dir", help="folder where latents, noise, reference errors and text embeddings are kept")
+    add("--cached_timesteps", type=count, default=4,
+        help="draws of timesteps, crop and flip per pair, one an epoch by turns; more vary more and take more disk")
+    add("--cache_latents", action="store_true",
+        help="keep latents and text embeddings only: for diffusion_dpo and --inversion_model policy")
+    add("--precompute_only", action="store_true", help="fill the cache, and end without training")
 
     group = parser.add_argument_group("LoRA and optimization")
     add = group.add_argument
@@ -301,6 +320,19 @@ def check_args(args, error, default):
         error(
             f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
         )
+    if not args.inversion_cache_dir:
+        for name in ("cached_timesteps", "cache_latents", "precompute_only"):
+            if getattr(args, name) != default(name):
+                error(f"--{name} goes with --inversion_cache_dir")
+    elif args.streaming:
+        error("--inversion_cache_dir does not go with --streaming: the pairs of a stream do not return")
+    elif args.precompute_only and args.dry_run:
+        error("--precompute_only and --dry_run exclude each other")
+    elif args.cache_latents and args.inversion_guidance_scale > 1:
+        error("--cache_latents goes with --inversion_guidance_scale 1: it does not keep the empty prompt's embedding")
+    elif not args.cache_latents and (args.objective == "diffusion_dpo" or args.inversion_model == "policy"):
+        name = "objective diffusion_dpo" if args.objective == "diffusion_dpo" else "inversion_model policy"
+        error(f"--{name} with --inversion_cache_dir needs --cache_latents: noise and states are new at every visit")
     if not args.validation_prompts:
         for name in ("validation_steps", "num_validation_images", "validation_inference_steps",
                      "validation_guidance_scale"):  # fmt: skip
@@ -423,18 +455,31 @@ def load_noise_scheduler(args):
     return noise_scheduler
 
 
-def load_models(args, weight_dtype):
-    """Returns tokenizers, text encoders, VAE and U-Net, these in `weight_dtype`; all but the U-Net are frozen."""
+def load_encoders(args, weight_dtype):
+    """Returns text encoders and VAE, in `weight_dtype` and frozen."""
     model = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    weights = {**where, "variant": args.variant, "dtype": weight_dtype}
-    tokenizer = CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)
-    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **weights)
+    where = {"revision": args.revision, "cache_dir": args.cache_dir, "variant": args.variant, "dtype": weight_dtype}
+    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **where)
     vae_path, vae_where = vae_location(args)
     vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_where)
-    weights |= quantization(args.quantize_base, weight_dtype)
-    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", **weights)
-    return [tokenizer], [text_encoder.requires_grad_(False).eval()], vae.requires_grad_(False).eval(), unet
+    return [text_encoder.requires_grad_(False).eval()], vae.requires_grad_(False).eval()
+
+
+def load_models(args, weight_dtype):
+    """Returns tokenizers, text encoders, VAE and U-Net, these in `weight_dtype`; all but the U-Net are frozen.
+
+    With a cache, text encoders and VAE are None until `load_encoders` is needed: nothing of it is missing, perhaps.
+    """
+    model = args.pretrained_model_name_or_path
+    where = {"revision": args.revision, "cache_dir": args.cache_dir}
+    tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)]
+    are_needed = not args.inversion_cache_dir or args.validation_prompts or args.dry_run
+    text_encoders, vae = load_encoders(args, weight_dtype) if are_needed else (None, None)
+    unet = UNet2DConditionModel.from_pretrained(
+        model, subfolder="unet", variant=args.variant, dtype=weight_dtype, **where,
+        **quantization(args.quantize_base, weight_dtype),
+    )  # fmt: skip
+    return tokenizers, text_encoders, vae, unet
 
 
 def load_sampler(args):
@@ -482,6 +527,67 @@ def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, w
     return noise_from_model_output(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
 
 
+def model_digest(args):
+    """Returns a hash of the model's files, see `files_digest`; of a model on the Hub, of its commit."""
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    parts = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    _, commit = UNet2DConditionModel.load_config(model, subfolder="unet", return_commit_hash=True, **where)
+    vae_path, vae_where = vae_location(args)
+    _, vae_commit = AutoencoderKL.load_config(vae_path, return_commit_hash=True, **vae_where)
+    return digest(
+        files_digest(model, parts) if is_local(model) else commit,
+        files_digest(vae_path, [vae_where.get("subfolder", "")]) if is_local(vae_path) else vae_commit,
+        args.variant,
+    )
+
+
+def open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype):
+    """Returns the cache; raises ValueError or OSError if it cannot be written or the disk has no room for it."""
+    settings = {
+        "pipeline": PIPELINE_CLASS.__name__,
+        "model": model_digest(args),
+        "other_vae": args.pretrained_vae_model_name_or_path is not None,
+        "dtype": str(weight_dtype),
+        "allow_tf32": args.allow_tf32,
+        "force_zeros_for_empty_prompt": model_index.get("force_zeros_for_empty_prompt"),
+    }
+    inversion = {
+        "prediction_type": noise_scheduler.config.prediction_type,
+        "alphas_cumprod": digest(noise_scheduler.alphas_cumprod.double().numpy().tobytes()),
+        "steps": inversion_steps(args),
+        "order": args.inversion_order,
+        "spacing": args.inversion_spacing,
+        "guidance_scale": args.inversion_guidance_scale,
+        "quantize_base": args.quantize_base,
+    }
+    visit_settings = {
+        **settings,
+        "resolution": args.resolution,
+        "min_image_size": args.min_image_size,
+        **({} if args.cache_latents else inversion),
+    }
+    return InversionCache(
+        args.inversion_cache_dir, settings, visit_settings, training_timesteps,
+        args.cached_timesteps, args.cache_latents,
+    )  # fmt: skip
+
+
+def cache_size(args, num_pairs, weight_dtype):
+    """Returns the bytes of the full cache, at most: every caption is counted, as if no two were alike."""
+    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
+    vae_path, vae_where = vae_location(args)
+    vae = AutoencoderKL.load_config(vae_path, **vae_where)
+    side = args.resolution // 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    latents = 2 * 4 * vae.get("latent_channels", 4) * side**2  # float32, winner and loser
+    pooled = unet.get("projection_class_embeddings_input_dim") or 0
+    text = (77 * unet.get("cross_attention_dim", 1280) + pooled) * weight_dtype.itemsize  # CLIP reads 77 tokens
+    draws_differ = not args.cache_latents or args.random_crop or args.random_flip
+    draws = args.cached_timesteps if draws_differ else 1
+    kept = 1 if args.cache_latents else 1 + timesteps_per_pair(args)
+    return num_pairs * (draws * (kept * latents + CACHE_OVERHEAD) + text + CACHE_OVERHEAD)
+
+
 def create_optimizer(args, parameters, visits_per_update):
     """Returns AdamW over the LoRA's parameters, in 8 bit if asked for, else in one kernel where there is one."""
     optimizer_class = partial(torch.optim.AdamW, fused=parameters[0].device.type in ("cpu", "cuda"))
@@ -518,7 +624,7 @@ def main(argv=None):
         )  # fmt: skip
         train_dataset[0, pairs.sample(1, args.seed)[0]]  # finds out before the models load whether a pair is readable
         repo_id = None
-        if args.push_to_hub and not args.dry_run:
+        if args.push_to_hub and not args.dry_run and not args.precompute_only:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
     except (ValueError, RuntimeError) as problem:
         error(str(problem))
@@ -554,12 +660,29 @@ def main(argv=None):
     set_seed(args.seed)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
+    cache = None
+    if args.inversion_cache_dir and not args.dry_run:
+        needed, gib = cache_size(args, pairs.num_pairs, weight_dtype), 2**30
+        try:
+            cache = open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype)
+            present, free = cache.size(), shutil.disk_usage(args.inversion_cache_dir).free
+        except (OSError, ValueError) as problem:
+            error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
+        logger.info(f"The cache takes at most {needed / gib:.2f} GiB when it is full, {present / gib:.2f} are there")
+        if needed - present > free:
+            error(
+                f"--inversion_cache_dir {args.inversion_cache_dir} has {free / gib:.2f} GiB free; needed: "
+                f"{(needed - present) / gib:.2f}, less with a lower --cached_timesteps"
+            )
+        train_dataset.cache = cache
+
     try:
         tokenizers, text_encoders, vae, unet = load_models(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
         model = args.pretrained_model_name_or_path
         error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
-    for module in (unet,) if args.offload else (*text_encoders, vae, unet):
+    stay = () if vae is None or args.offload else (*text_encoders, vae)
+    for module in (unet, *stay):
         module.to(accelerator.device)
     lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
     if args.gradient_checkpointing:
@@ -574,13 +697,16 @@ def main(argv=None):
         visits_to_go = max(0, args.num_train_epochs * pairs.num_pairs - visit)
         max_train_steps = step + math.ceil(visits_to_go / visits_per_update)
     batches = pairs.batches(
-        args.train_batch_size, args.seed, visit, checkpoint.stream if checkpoint else None,
-        accelerator.process_index, accelerator.num_processes,
+        args.train_batch_size, args.seed, 0 if args.precompute_only else visit,
+        checkpoint.stream if checkpoint else None, accelerator.process_index, accelerator.num_processes,
     )  # fmt: skip
+    collate_rows = partial(collate, tokenizers=tokenizers, model_index=model_index)
+    if cache:
+        collate_rows = partial(collate_cached, collate=collate_rows, tokenizers=tokenizers)
     dataloader = torch.utils.data.DataLoader(
         train_dataset,
         batch_sampler=batches,
-        collate_fn=partial(collate, tokenizers=tokenizers, model_index=model_index),
+        collate_fn=collate_rows,
         worker_init_fn=leave_signals_to_the_main_process,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
@@ -601,7 +727,7 @@ def main(argv=None):
         accelerator.load_state(checkpoint.folder)
         accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
         logger.info(f"Resuming from {checkpoint.folder}")
-    if args.report_to != "none" and not args.dry_run:
+    if args.report_to != "none" and not args.dry_run and not args.precompute_only:
         config = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
             for name, value in options.items()
@@ -631,11 +757,76 @@ def main(argv=None):
         cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
         return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
 
+    def encode(batch):
+        """Step 1: latents (2B, C, h, w) and conditioning (2B, ...) of a batch."""
+        nonlocal text_encoders, vae
+        if vae is None:
+            text_encoders, vae = load_encoders(args, weight_dtype)
+            for module in () if args.offload else (*text_encoders, vae):
+                module.to(accelerator.device)
+        with on_device((vae, *text_encoders), accelerator.device):
+            latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+            cond = encode_prompts(text_encoders, batch["input_ids"], batch)
+        usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
+        latents = latents.where(usable[:, None, None, None], 0.0)
+        return Visits(latents, usable, cond)
+
+    def encode_empty_prompts(batch):
+        """What guidance is away from, None without guidance."""
+        if args.inversion_guidance_scale == 1:
+            return None
+        with on_device(text_encoders, accelerator.device):
+            return encode_prompts(text_encoders, batch["empty_input_ids"], batch)
+
+    def follow(visits, batch):
+        """Steps 2 and 3: the trajectory of encoded visits, and the reference's errors (M, 2B) on it."""
+        latents, usable, cond = visits[:3]
+        index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
+        timesteps = training_timesteps[index].repeat(1, 2)  # (M, 2B), shared by winner and loser
+
+        # 2  Invert with the reference; the baseline takes forward noise instead
+        if args.objective == "diffusion_dpo":
+            timesteps = to_device(timesteps, latents.device)
+            noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
+            noise = to_device(noise, latents.device)
+            x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
+            trajectory = Trajectory(timesteps, x_t, noise, None)
+        else:
+            by_reference = args.inversion_model == "reference"
+            with reference_policy(base) if by_reference else contextlib.nullcontext():
+                trajectory = invert(
+                    partial(predict_guided, cond=cond, empty_cond=encode_empty_prompts(batch)),
+                    latents, timesteps, alphas_cumprod, inversion_steps(args),
+                    order=args.inversion_order, spacing=args.inversion_spacing,
+                    predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
+                )  # fmt: skip
+
+        # 3  Errors (M, 2B) of the reference at the trajectory's states, known from the inversion if it inverted
+        reference_noise = trajectory.predicted
+        if reference_noise is None:
+            with torch.no_grad(), reference_policy(base):
+                reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
+        reference_error = prediction_error(reference_noise, trajectory.noise).where(usable, 0.0)
+        return visits._replace(trajectory=trajectory._replace(predicted=None), reference_error=reference_error)
+
+    def compute_entries(batch):
+        """What a cache keeps of a batch."""
+        return encode(batch) if args.cache_latents else follow(encode(batch), batch)
+
     chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
     metrics, known = (checkpoint.metrics, checkpoint[-2:]) if checkpoint else ([], ({}, {}))
     warn_of_row = partial(logger.warning, main_process_only=False)
     bad_rows = RowLog(warn_of_row, "is skipped", known[0])
     long_captions = RowLog(warn_of_row, "has its caption cut", known[1])
+    damaged_shards = RowLog(warn_of_row, "of the cache is damaged, what it held is computed again", {})
+
+    def note(batch):
+        """Counts and names what was met in a batch's rows and in the cache."""
+        bad_rows.add(batch["bad_rows"])
+        long_captions.add(batch["cut_captions"])
+        if cache:
+            damaged_shards.add([shard for cached in batch["cached"] for shard in cached.damaged])
+            damaged_shards.add(list(cache.damaged.items()))
 
     def reasons_of_all_processes():
         return [dict(gather_object(list(log.reasons.items()))) for log in (bad_rows, long_captions)]
@@ -651,6 +842,27 @@ def main(argv=None):
             pipeline, Path(args.output_dir) / VALIDATION_DIR, args.validation_prompts, args.num_validation_images,
             args.seed, sampling, accelerator.autocast, logger.warning,
         )  # fmt: skip
+    means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
+    if args.precompute_only:
+        num_batches = math.ceil(
+            args.cached_timesteps * pairs.num_pairs / (visits_per_update // args.gradient_accumulation_steps)
+        )
+        to_do = tqdm(
+            itertools.islice(dataloader, num_batches), total=num_batches, desc="Batches",
+            disable=not accelerator.is_local_main_process,
+        )  # fmt: skip
+        started = time.monotonic()
+        is_filled = fill_cache(cache, to_do, compute_entries, note, accelerator, stop)
+        stop.restore()
+        accelerator.wait_for_everyone()
+        logger.info(
+            f"{'Filled' if is_filled else 'Stopped filling'} the cache after {time.monotonic() - started:.0f} s: "
+            f"{cache.size() / 2**30:.3f} GiB in {args.inversion_cache_dir}"
+        )
+        accelerator.end_training()
+        if not is_filled:
+            sys.exit(128 + (stop.received or signal.SIGTERM))
+        return
     data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
     logger.info(
         f"{data or 'a stream of pairs'}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
@@ -667,59 +879,31 @@ def main(argv=None):
     progress = tqdm(total=last_step, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     policy.train()
     good_steps = bad_steps = bad_steps_in_a_row = 0
-    means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
 
     usable_rows, num_bad_rows, first_visit = [], 0, visit
     for batch in dataloader if step < last_step else []:
-        bad_rows.add(batch["bad_rows"])
+        note(batch)
         means.add(bad_rows=torch.tensor(float(len(batch["bad_rows"])), device=accelerator.device))
-        long_captions.add(batch["cut_captions"])
         with accelerator.accumulate(policy):
-            # 1  Encode: latents (2B, C, h, w), conditioning (2B, ...), timesteps (M, 2B) shared by winner and loser
-            with on_device((vae, *text_encoders), accelerator.device):
-                latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
-                cond = encode_prompts(text_encoders, batch["input_ids"], batch)
-                empty_cond = None
-                if args.inversion_guidance_scale > 1:
-                    empty_cond = encode_prompts(text_encoders, batch["empty_input_ids"], batch)
-            usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
-            usable_rows.append((batch["rows"], usable))
-            latents = latents.where(usable[:, None, None, None], 0.0)
-            index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
-            timesteps = training_timesteps[index].repeat(1, 2)
-            strength = to_device(batch["strength"], latents.device) if args.preference_strength == "margin" else None
-            is_tie = to_device(batch["is_tie"], latents.device) if args.tie_policy == "soft" else None
-
-            # 2  Invert with the reference; the baseline takes forward noise instead
-            if args.objective == "diffusion_dpo":
-                timesteps = to_device(timesteps, latents.device)
-                noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
-                noise = to_device(noise, latents.device)
-                x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
-                trajectory = Trajectory(timesteps, x_t, noise, None)
+            # 1  Encode, 2 invert, 3 find the reference's errors; a cache has all of these, or the first, from before
+            if cache:
+                visits = join_visits(cache.complete(batch, compute_entries), alphas_cumprod_on_device)
             else:
-                by_reference = args.inversion_model == "reference"
-                with reference_policy(base) if by_reference else contextlib.nullcontext():
-                    trajectory = invert(
-                        partial(predict_guided, cond=cond, empty_cond=empty_cond),
-                        latents, timesteps, alphas_cumprod, inversion_steps(args),
-                        order=args.inversion_order, spacing=args.inversion_spacing,
-                        predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
-                    )  # fmt: skip
-
-            # 3  Errors (M, 2B) of the reference at the trajectory's states, known from the inversion if it inverted
-            reference_noise = trajectory.predicted
-            if reference_noise is None:
-                with torch.no_grad(), reference_policy(base):
-                    reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
-            reference_error = prediction_error(reference_noise, trajectory.noise).where(usable, 0.0)
+                visits = encode(batch)
+            if visits.trajectory is None:
+                visits = follow(visits, batch)
+            usable_rows.append((batch["rows"], visits.usable))
+            device = accelerator.device
+            strength = to_device(batch["strength"], device) if args.preference_strength == "margin" else None
+            is_tie = to_device(batch["is_tie"], device) if args.tie_policy == "soft" else None
 
             # 4  Errors of the policy at the same states, chunk by chunk, and the loss
-            def policy_error(chunk, trajectory=trajectory, cond=cond, usable=usable):
-                noise = predict_targets(policy, trajectory, chunk, cond)
-                return prediction_error(noise, trajectory.noise[chunk]).where(usable, 0.0)
+            def policy_error(chunk, visits=visits):
+                noise = predict_targets(policy, visits.trajectory, chunk, visits.cond)
+                return prediction_error(noise, visits.trajectory.noise[chunk]).where(visits.usable, 0.0)
 
-            def loss_of(policy_error, reference_error=reference_error, strength=strength, is_tie=is_tie):
+            def loss_of(policy_error, visits=visits, strength=strength, is_tie=is_tie):
+                reference_error = visits.reference_error
                 means.add(policy_error=policy_error, reference_error=reference_error)
                 if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
                     policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
@@ -798,6 +982,8 @@ def main(argv=None):
                 folder, step, visit, pairs.num_pairs, options, metrics, batches.position(visit), *reasons
             )
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
+            if cache:
+                cache.flush()
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
             log_pictures(accelerator, validation.draw(step), step)
         if is_stopping or step >= last_step:
@@ -818,8 +1004,8 @@ def main(argv=None):
         if args.objective != "diffusion_dpo":
             with reference_policy(base):
                 errors = reconstruction_errors(
-                    partial(predict_guided, cond=cond, empty_cond=empty_cond), latents, training_timesteps,
-                    alphas_cumprod, num_steps=inversion_steps(args),
+                    partial(predict_guided, cond=visits.cond, empty_cond=encode_empty_prompts(batch)),
+                    visits.latents, training_timesteps, alphas_cumprod, num_steps=inversion_steps(args),
                     order=args.inversion_order, spacing=args.inversion_spacing,
                 )  # fmt: skip
             report_dry_run(args.output_dir, report, inversion={"relative error of going there and back, from": errors})

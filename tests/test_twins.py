@@ -7,7 +7,7 @@ from pathlib import Path
 import train_inversion_dpo
 import train_inversion_dpo_sdxl
 
-FAMILY_FUNCTIONS = {"check_family", "load_models", "make_pipeline", "collate", "encode_prompts"}
+FAMILY_FUNCTIONS = {"check_family", "load_encoders", "load_models", "make_pipeline", "collate", "encode_prompts"}
 DIFFERENT_OPTIONS = {"resolution": (512, 1024), "validation_guidance_scale": (7.5, 5.0)}
 DIFFERENT_LINES = [  # of parse_args and the module's own text, (SD, SDXL)
     (
