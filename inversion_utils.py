@@ -1634,7 +1634,7 @@ def digest(*parts: Any, size: int = 16) -> str:
 
 
 def image_digest(value: Any) -> str:
-    """Returns a hash of an image, of encoded bytes as they are, else of its pixels; raises what `decode_image` does."""
+    """Returns a hash of an image: of encoded bytes as they are, else of its pixels."""
     if isinstance(value, bytes):
         return digest(value)
     image = decode_image(value)

@@ -1,14 +1,14 @@
 """The inversion cache: what it gives back is what was put in, under a key that says how it was made, or nothing."""
 
-import io
 import os
 import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 import torch
-from conftest import build_sdxl_pipeline, pair_rows, random_image, write_json, write_parquet
+from conftest import build_sdxl_pipeline, encode, pair_rows, random_image, write_json, write_parquet
 from PIL import Image
 from test_train_inversion_dpo import ONE_THREAD, assert_same, launch, logged, lora
 
@@ -253,6 +253,7 @@ VISIT, BOTH = (True, False), (True, True)
         ({"options": {"timesteps_subset": [100, 300, 500, 700], "inversion_steps": 8}}, VISIT),
         ({"options": {"seed": 1}}, VISIT),
         ({"options": {"random_crop": True}}, VISIT),
+        ({"options": {"min_image_size": 8}}, VISIT),
         ({"options": {"cache_latents": True}}, VISIT),
         ({"options": {"cache_latents": True, "random_flip": True}, "before": {"cache_latents": True}}, VISIT),
         ({"options": {"allow_tf32": True}}, BOTH),
@@ -317,21 +318,13 @@ def test_a_text_entry_serves_every_crop_and_resolution(train, tmp_path):
         assert sum(len(inversion_utils._read_header(shard)[0]) for shard in shards(tmp_path / "cache")) == count
 
 
-def test_images_are_told_apart_in_every_form(tmp_path):
-    import numpy as np
-
+def test_images_are_told_apart_in_every_form():
     image = random_image(np.random.default_rng(0))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    (tmp_path / "image.png").write_bytes(buffer.getvalue())
-    encoded = image_digest(buffer.getvalue())
-    assert encoded == image_digest({"bytes": buffer.getvalue()}) == image_digest(str(tmp_path / "image.png"))
     changed = image.copy()
     changed.putpixel((0, 0), (1, 2, 3))
+    assert image_digest(encode(image)) == image_digest(encode(image)) != image_digest(encode(changed))
     assert image_digest(image) == image_digest(image.copy()) != image_digest(changed)
     assert image_digest(Image.new("RGB", (2, 3))) != image_digest(Image.new("RGB", (3, 2)))
-    with pytest.raises(inversion_utils.BadRow, match="unreadable image"):
-        image_digest(str(tmp_path / "none.png"))
 
 
 def test_large_files_are_sampled_from_the_first_byte_to_the_last_stride(tmp_path):
@@ -530,6 +523,8 @@ def prefixes(keys, texts):
         ({"inversion_cache_dir": None, "cache_latents": True}, ["--cache_latents", "--inversion_cache_dir"]),
         ({"inversion_cache_dir": None, "precompute_only": True}, ["--precompute_only", "--inversion_cache_dir"]),
         ({"inversion_cache_dir": None, "cached_timesteps": 2}, ["--cached_timesteps", "--inversion_cache_dir"]),
+        ({"streaming": True}, ["--inversion_cache_dir", "--streaming"]),
+        ({"precompute_only": True, "dry_run": True}, ["--precompute_only", "--dry_run"]),
         ({"inversion_cache_dir": __file__}, ["--inversion_cache_dir", "cannot be used"]),
     ],
     ids=str,
