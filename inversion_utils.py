@@ -1460,15 +1460,13 @@ class PreferenceDataset(torch.utils.data.Dataset):
             uniforms = uniforms if self.cache.latents_only else repeated
         uniforms = torch.tensor(uniforms, dtype=torch.float64)
         crop = (top, left) if self.random_crop else (0.5, 0.5)
-        flip = self.random_flip and flip < 0.5
+        flip, is_empty = self.random_flip and flip < 0.5, empty < self.proportion_empty_prompts
         bad_rows, caption, cached = list(self.pairs.skipped_before(item)), None, None
         for _ in range(self.MAX_ATTEMPTS):
             try:
                 if self.cache:
                     pair = self.pairs[item]
-                    caption = (
-                        "" if empty < self.proportion_empty_prompts else pair.captions[int(which * len(pair.captions))]
-                    )
+                    caption = "" if is_empty else pair.captions[int(which * len(pair.captions))]
                     cached = self.cache.look_up(pair, caption, crop, flip, uniforms)
                     if cached.is_complete:
                         break
@@ -1484,8 +1482,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
             name, reason = bad_rows[0]
             raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unusable; the first: {name}, {reason}")
         if caption is None:
-            caption = pair.captions[int(rng.integers(len(pair.captions)))]
-            caption = "" if empty < self.proportion_empty_prompts else caption
+            caption = "" if is_empty else pair.captions[int(rng.integers(len(pair.captions)))]
         has_margin = self.strength_scale is not None and not pair.is_tie
         example = {
             "visit": visit,
