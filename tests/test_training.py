@@ -122,14 +122,14 @@ def run_dir(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
         state = {"step": 10, "visit": 40, "num_pairs": 8, "options": {"rank": 4, "output_dir": "a"}}
-        state |= {"metrics": [], "bad_rows": {}, "cut_captions": {}}
+        state |= {"metrics": [], "stream": None, "bad_rows": {}, "cut_captions": {}}
         (tmp_path / name / STATE_FILE).write_text(json.dumps(state))
     return tmp_path
 
 
 def test_checkpoints_are_found_by_step_not_by_name(run_dir):
     assert list(checkpoint_steps(run_dir)) == [9, 10]
-    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, 8, {"rank": 4, "output_dir": "a"}, [], {}, {})
+    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, 8, {"rank": 4, "output_dir": "a"}, [], None, {}, {})
     assert find_checkpoint(run_dir, "latest") == find_checkpoint(run_dir, "checkpoint-10") == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-10")) == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
