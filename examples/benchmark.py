@@ -17,6 +17,8 @@ loop of their own, on the same models, batches and optimizer, made of the script
 The second is timed, not trained: where policy and reference are equal, as at the start, its gradient is exactly zero.
 Both put winner and loser, conditional and unconditional into one call, as our objectives do.
 
+The cached methods read what the first update has filled, their memory includes text encoder and VAE all the same.
+
 Two floors tell how much of a step could not be saved. The FLOP floor: the floating-point operations of the model calls
 that a method needs, forward and backward, counted, at the rate that a plain matrix product reaches on this device, in
 the run's precision, in the same run. (A call that is made twice to save memory is needed once.) The call floor: every
@@ -91,7 +93,10 @@ def parse_args(argv=None):
     add("--mixed_precision", default="no", choices=DTYPES)
     add("--rounds", type=count, default=3, help="More: less noise")
     add("--steps", type=count, default=2, help="Measured steps per round and method")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add(
+        "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in COMPILED],
+        help="Rows of the table; all but the compiled ones if not given",
+    )  # fmt: skip
     add("--inpo_steps", type=count, default=10, help="Calls of the inversion in published_inpo; its authors take 10")
     add(
         "--inversion_dpo_steps", type=count, default=40,
@@ -310,11 +315,18 @@ class Method(NamedTuple):
     warmup: int = 1
 
 
+CACHED = ["--inversion_cache_dir", "{folder}", "--cached_timesteps", "1"]  # the first update fills it
+COMPILED = ("inpo, compiled",)  # left out unless asked for: on a CPU compiling takes many minutes
+
 METHODS = {
     "diffusion_dpo": Method(["--objective", "diffusion_dpo"]),
     "inpo": Method(["--objective", "inpo"]),
     "inversion_dpo": Method(["--objective", "inversion_dpo"]),
     "inversion_dpo, chunks of 1": Method(["--objective", "inversion_dpo", "--trajectory_chunk", "1"]),
+    "inpo, cached": Method(["--objective", "inpo", *CACHED], warmup=2),
+    "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED], warmup=2),
+    "diffusion_dpo, cached latents": Method(["--objective", "diffusion_dpo", "--cache_latents", *CACHED], warmup=2),
+    "inpo, compiled": Method(["--objective", "inpo", "--compile"], warmup=2),
     "published_inpo": Method([], lambda args: partial(published_inpo, num_steps=args.inpo_steps)),
     "published_inversion_dpo": Method(
         [], lambda args: partial(published_inversion_dpo, num_steps=args.inversion_dpo_steps)
@@ -364,12 +376,14 @@ class Probe:
     Attributes:
         calls: how often each kind of `Call` was made.
         repeats: a way to make a call of each kind again.
+        started: time of the first call.
         step_ends: (time, calls until then) at the end of each update.
         seconds: what was spent in each part while `is_timing_parts`, which makes the device wait for every call.
     """
 
     def __init__(self, script=train_inversion_dpo, on_step=lambda step: None):
         self.calls, self.repeats, self.step_ends, self.seconds = Counter(), {}, [], Counter()
+        self.started = None
         self.is_timing_parts = False
         self._script, self._on_step, self._patches = script, on_step, ExitStack()
         for name in CALLS:
@@ -412,6 +426,7 @@ class Probe:
         timed = self._timed(name, function)
 
         def call(module, inputs, *rest):
+            self.started = self.started or time.perf_counter()
             is_unet = name == "predict_noise"
             size = len(inputs[0] if name == "encode_prompts" else inputs)  # of captions there are ids per encoder
             kind = Call(name, size, is_unet and torch.is_grad_enabled(), is_unet and is_reference(module))
@@ -462,7 +477,19 @@ def measure(args, method, folder, flops):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     probe.replace(script, "load_noise_scheduler", lambda script_args: scheduler)
     probe.replace(script, "load_model_index", lambda script_args: {})
-    probe.replace(script, "load_models", lambda script_args, weight_dtype: build_models(args.model, weight_dtype))
+    encoders = []  # which a cache loads when it misses something
+
+    def load_models(script_args, weight_dtype):
+        tokenizers, text_encoders, vae, unet = build_models(args.model, weight_dtype)
+        if script_args.inversion_cache_dir:
+            encoders[:] = text_encoders, vae
+            text_encoders = vae = None
+        return tokenizers, text_encoders, vae, unet
+
+    probe.replace(script, "load_models", load_models)
+    probe.replace(script, "load_encoders", lambda script_args, weight_dtype: encoders)
+    probe.replace(script, "model_digest", lambda script_args: "random")
+    probe.replace(script, "cache_size", lambda script_args, num_pairs, weight_dtype: 0)
     options = [
         "--pretrained_model_name_or_path", "random", "--train_data_dir", folder, "--report_to", "none",
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),
