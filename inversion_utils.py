@@ -621,7 +621,7 @@ class PairColumns:
         images = [value_at(row, path) for path in self.image_columns().values()]
         if self.shape != "groups":
             return images
-        scores = self._scores(row)
+        scores = self.scores(row)
         if not isinstance(images[0], list) or len(images[0]) != len(scores):
             count = len(images[0]) if isinstance(images[0], list) else "no"
             raise BadRow(f"images and scores differ in number: {count} images, {len(scores)} scores")
@@ -638,7 +638,7 @@ class PairColumns:
         if self.shape == "labels":
             value = self._label(value_at(row, self.label_column))
             return [Choice(0, 1) if value == 1 else Choice(1, 0) if value == 0 else Choice(0, 1, is_tie=True)]
-        scores = self._scores(row)
+        scores = self.scores(row)
         places = [place for place, score in enumerate(scores) if not math.isnan(score)]
         if len(places) < 2:
             raise BadRow("no score" if self.shape == "scores" else "fewer than two images with a score")
@@ -666,8 +666,8 @@ class PairColumns:
             )
         return label
 
-    def _scores(self, row: dict[str, Any]) -> list[float]:
-        """Returns the score of each image, NaN for one that has none."""
+    def scores(self, row: dict[str, Any]) -> list[float]:
+        """Returns the score of each image, NaN for one that has none; for rows of scores or groups."""
         if self.shape == "scores":
             columns = [
                 [value_at(row, path) for path in pair]
@@ -1009,15 +1009,21 @@ def _files_by_name(folder: Path) -> dict[str, str]:
     return files
 
 
-def load_pairs(args: argparse.Namespace) -> "PreferencePairs | StreamedPairs":
-    """Returns the preference pairs that `add_data_options` asks for; raises ValueError if there are none."""
+def load_pairs(args: argparse.Namespace, in_order: bool = False) -> "PreferencePairs | StreamedPairs":
+    """Returns the preference pairs that `add_data_options` asks for; raises ValueError if there are none.
+
+    Args:
+        in_order: to be read once, from beginning to end; rows that could be read at any place are a stream, too.
+    """
     columns = PairColumns.of(args)
     source = load_rows(
         args.dataset_name, args.dataset_config_name, args.train_data_dir, args.dataset_split_name, args.cache_dir,
         args.streaming, list(columns.image_columns().values()), args.caption_column,
     )  # fmt: skip
-    if args.streaming:
-        return StreamedPairs(source, columns, args.shuffle_buffer_size, args.max_train_samples)
+    if in_order and not args.streaming:
+        source = source._replace(rows=source.rows.to_iterable_dataset())
+    if args.streaming or in_order:
+        return StreamedPairs(source, columns, 1 if in_order else args.shuffle_buffer_size, args.max_train_samples)
     return PreferencePairs(source, columns, args.max_train_samples, args.max_bad_fraction)
 
 
@@ -1192,8 +1198,12 @@ class StreamedPairs:
 
     def sample(self, count: int, seed: int) -> list[StreamedPair]:
         """Returns the first so many pairs, of all if there are fewer."""
-        items = (item for block in self._blocks(None, is_endless=False) for item in block.items)
-        return list(itertools.islice(items, count))
+        return list(itertools.islice(self.in_order(), count))
+
+    def in_order(self) -> Iterator[StreamedPair]:
+        """Yields the pairs once, in the order of the stream; `self.seen` tells what its rows held, block by block."""
+        for block in self._blocks(None, is_endless=False):
+            yield from block.items
 
     def first_wins(self, items: list[StreamedPair]) -> list[bool]:
         """Returns for these pairs whether image 0 won, as far as the data tell."""
@@ -1213,7 +1223,7 @@ class StreamedPairs:
         while True:
             rows.load_state_dict(position["state"] or start)
             items, bad_rows, row_number, num_pairs = [], [], position["row"], position["pairs"]
-            num_rows = 0
+            num_rows = num_ties = 0
             for row in rows:
                 name = f"row {row_number}"
                 row_number, num_rows = row_number + 1, num_rows + 1
@@ -1223,6 +1233,7 @@ class StreamedPairs:
                 except BadRow as error:
                     bad_rows.append((name, str(error)))
                     continue
+                num_ties += sum(choice.is_tie for choice in choices)
                 if self.columns.tie_policy == "drop":
                     choices = [choice for choice in choices if not choice.is_tie]
                 room = len(choices) if self.max_pairs is None else self.max_pairs - num_pairs
@@ -1230,6 +1241,7 @@ class StreamedPairs:
                     items.append(StreamedPair(name, row, choice, bad_rows))
                     bad_rows, num_pairs = [], num_pairs + 1
                 if num_rows >= self.buffer_size and items:
+                    self.seen = StreamCounts(row_number, num_ties, bad_rows)
                     yield StreamBlock(position, items)
                     position = {
                         "first_visit": position["first_visit"] + len(items),
@@ -1240,6 +1252,7 @@ class StreamedPairs:
                     items, num_rows = [], 0
                 if num_pairs == self.max_pairs:
                     break
+            self.seen = StreamCounts(row_number, num_ties, bad_rows)
             if items:
                 yield StreamBlock(position, items)
             elif num_pairs == 0:
@@ -1249,6 +1262,20 @@ class StreamedPairs:
             if not is_endless:
                 return
             position = {"first_visit": position["first_visit"] + len(items), "row": 0, "pairs": 0, "state": None}
+
+
+class StreamCounts(NamedTuple):
+    """What the rows of a stream held that were read since its beginning.
+
+    Attributes:
+        num_rows: all of them.
+        num_ties: pairs that are ties, whether left out or not.
+        bad_rows: (name, reason) of those that cannot be used and come after the last pair.
+    """
+
+    num_rows: int
+    num_ties: int
+    bad_rows: list[tuple[str, str]]
 
 
 class StreamBlock(NamedTuple):
