@@ -1,0 +1,165 @@
+"""examples/sample_pairs.py: pairs from two models' pictures of the same prompts and seeds."""
+
+import io
+import json
+import weakref
+
+import make_pairs
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import sample_pairs
+import torch
+from conftest import build_pipeline, build_sdxl_pipeline
+from PIL import Image
+from test_data_shapes import data_args
+
+from inversion_utils import LORA_TARGETS, add_lora, decode_image, load_pairs, save_lora
+
+PROMPTS = ["a red circle", "  a blue square  ", "", "a green heart"]
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """The tiny model with another U-Net."""
+    folder = tmp_path_factory.mktemp("other_model")
+    pipeline = build_pipeline()
+    with torch.no_grad():
+        for weight in pipeline.unet.parameters():
+            weight.mul_(1.5)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sample(tiny_model, other_model, tmp_path):
+    """Runs the program on the two models; returns its folder."""
+
+    def run(lines=PROMPTS, output="out", **options):
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(lines))
+        defaults = {
+            "winner_model": other_model, "loser_model": tiny_model, "prompts": file, "output_dir": tmp_path / output,
+            "num_inference_steps": 2, "batch_size": 2,
+        }  # fmt: skip
+        options = {name: value for name, value in {**defaults, **options}.items() if value is not None}
+        sample_pairs.main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+        return tmp_path / output
+
+    return run
+
+
+@pytest.fixture
+def refused(sample, capsys):
+    """Runs the program with options that it must refuse before weights load, and returns its one line."""
+
+    def run(**options):
+        with pytest.raises(SystemExit) as stop:
+            sample(**options)
+        assert stop.value.code == 2
+        usage, message = capsys.readouterr().err.strip().splitlines()[-2:]
+        assert usage.startswith("usage: ")
+        return message.split(": error: ", 1)[1]
+
+    return run
+
+
+def test_winners_are_the_one_models_pictures_and_losers_the_others(sample, tiny_model, other_model):
+    pairs = load_pairs(data_args("--train_data_dir", sample(num_pairs_per_prompt=2)))
+    captions = [pair.captions[0] for pair in pairs]
+    assert captions == [prompt.strip() for prompt in PROMPTS if prompt for _ in range(2)]
+    for model, side in ((other_model, 0), (tiny_model, 1)):
+        pipeline = make_pairs.load_pipeline(model)
+        for i, pair in enumerate(pairs):  # each alone: a picture does not depend on its batch
+            (picture,) = make_pairs.sample_pictures(pipeline, [captions[i]], [i], 2, 7.5)
+            assert abs(pixels(pair[side]).astype(int) - picture).max() <= 1
+
+
+def test_the_order_of_columns_does_not_tell_the_winner(sample):
+    rows = pq.read_table(sample(lines=["a cat"], num_pairs_per_prompt=16)).to_pylist()
+    assert list(rows[0]) == ["jpg_0", "jpg_1", "label_0", "caption"]
+    assert {row["label_0"] for row in rows} == {0.0, 1.0}
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(sample):
+    files = [sample(output=str(i), seed=seed) / "train-00000-of-00001.parquet" for i, seed in enumerate((0, 0, 1))]
+    first, again, other = (pq.read_table(file).to_pylist() for file in files)
+    assert first == again and not {row["jpg_0"] for row in first} & {row["jpg_0"] for row in other}
+
+
+def test_a_model_with_and_without_a_lora(sample, tiny_model, tmp_path):
+    pipeline = build_pipeline()
+    torch.manual_seed(1)
+    for weight in add_lora(pipeline.unet, 4, 4, LORA_TARGETS):
+        torch.nn.init.normal_(weight)
+    save_lora(pipeline.unet, tmp_path / "lora", type(pipeline))
+    pairs = load_pairs(data_args("--train_data_dir", sample(winner_model=tiny_model, winner_lora=tmp_path / "lora")))
+    plain = make_pairs.sample_pictures(make_pairs.load_pipeline(tiny_model), ["a red circle"], [0], 2, 7.5)[0]
+    winner, loser = (pixels(image).astype(int) for image in pairs[0][:2])
+    assert abs(loser - plain).max() <= 1 < abs(winner - plain).max()
+
+
+def test_sdxl(sample, tmp_path):
+    build_sdxl_pipeline().save_pretrained(tmp_path / "xl")
+    pairs = load_pairs(data_args("--train_data_dir", sample(winner_model=tmp_path / "xl")))
+    assert len(pairs) == 3 and decode_image(pairs[0].winner).size == (32, 32)
+
+
+def test_one_model_at_a_time_is_in_memory(sample, monkeypatch):
+    alive = []
+    load = sample_pairs.load_pipeline
+
+    def watched(*args):
+        assert not any(reference() for reference in alive)
+        pipeline = load(*args)
+        alive.append(weakref.ref(pipeline.unet))
+        return pipeline
+
+    monkeypatch.setattr(sample_pairs, "load_pipeline", watched)
+    sample()
+    assert len(alive) == 2
+
+
+def test_black_and_equal_pictures_are_left_out(sample, monkeypatch, capsys):
+    calls = iter(range(100))
+
+    def pictures_of(*_):
+        model = next(calls)
+        for i in range(4):
+            yield np.full((8, 8, 3), 0 if (model, i) in ((0, 0), (1, 1)) else 9 if i == 2 else 10 + model, "u1")
+
+    monkeypatch.setattr(sample_pairs, "pictures_of", pictures_of)
+    assert pq.read_table(sample(lines=list("abcd")))["caption"].to_pylist() == ["d"]
+    assert "wrote 1 pairs of 4 prompts" in capsys.readouterr().out
+
+
+def test_the_scripts_train_on_it_by_default(sample, train):
+    config = json.loads((train(train_data_dir=sample(), max_train_steps=1) / "training_config.json").read_text())
+    assert config["data"]["pairs"] == 3
+
+
+def test_bad_input_is_refused_before_weights_load(refused, tiny_model, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(sample_pairs, "load_pipeline", load)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "train.parquet").write_bytes(b"")
+    for options, named in (
+        ({"winner_model": tiny_model}, "--winner_model and --loser_model are both"),
+        ({"winner_model": tmp_path / "empty"}, "no model_index.json in it"),
+        ({"loser_model": "no/such-model"}, "--loser_model no/such-model: "),
+        ({"winner_lora": tmp_path / "empty"}, "holds no .safetensors file"),
+        ({"prompts": tmp_path / "none.txt"}, "none.txt: cannot be read"),
+        ({"prompts": tmp_path / "bytes.txt"}, "bytes.txt: cannot be read"),
+        ({"prompts": "/dev/null"}, "no prompt is in it"),
+        ({"num_pairs_per_prompt": 0}, "--num_pairs_per_prompt: is 0; allowed: at least 1"),
+        ({"output": "full"}, "already holds parquet files"),
+    ):
+        assert named in refused(**options)
