@@ -680,20 +680,22 @@ class PairColumns:
         if len({len(column) for column in columns}) > 1:
             raise BadRow(f"columns of scores differ in number: {' and '.join(str(len(c)) for c in columns)}")
         weights = self.score_weights or [1.0] * len(columns)
-        return [
+        sums = (
             sum(
-                weight * (math.nan if score is None or not math.isfinite(score) else score)
+                weight * (math.nan if score is None else float(score))  # of a decimal, too
                 for weight, score in zip(weights, of_one_image, strict=True)
             )
             for of_one_image in zip(*columns, strict=True)
-        ]
+        )
+        return [total if math.isfinite(total) else math.nan for total in sums]
 
     def captions(self, row: dict[str, Any]) -> list[str]:
         """Returns the captions of a row, at least one; raises BadRow if there is none."""
         if self.caption_template:
             values = [(text, as_text(value_at(row, column)) if column else "") for text, column in self._template()]
-            if any(value for _, value in values):
-                return [" ".join("".join(text + value for text, value in values).split()).strip(" ,;")]
+            caption = " ".join("".join(text + value for text, value in values).split()).strip(" ,;")
+            if caption and any(value for _, value in values):
+                return [caption]
             raise BadRow("no caption: all columns of --caption_template are empty")
         value = value_at(row, self.caption_column)
         captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
