@@ -1063,7 +1063,11 @@ class PreferencePairs:
         self.bad, self.first_bad = Counter(), {}
         kept = []
         for table in facts.iter(100 if images & others else 10_000):  # structs may hold images and scores
-            for row in table.to_pylist():
+            try:
+                rows_of_table = table.to_pylist()
+            except ValueError as error:  # text that is none
+                raise ValueError(f"the rows beyond row {self.num_rows} cannot be read: {one_line(error)}") from error
+            for row in rows_of_table:
                 if max_pairs is not None and len(kept) >= max_pairs:
                     break
                 try:
@@ -1098,7 +1102,11 @@ class PreferencePairs:
 
     def __getitem__(self, index: int) -> Pair:
         row, *choice = self.kept[index].item()
-        return read_pair(self.columns, self.rows[row].to_pylist()[0], Choice(*choice), self.image_root)
+        try:
+            (values,) = self.rows[row].to_pylist()
+        except ValueError as error:
+            raise BadRow(f"unreadable row: {one_line(error)}") from error
+        return read_pair(self.columns, values, Choice(*choice), self.image_root)
 
     @property
     def num_pairs(self) -> int:
@@ -1164,7 +1172,7 @@ class StreamedPairs:
         max_pairs: start again after so many pairs.
 
     Raises:
-        ValueError: if a column is missing, or the stream is empty.
+        ValueError: if a column is missing, or the stream is empty; on reading, if it ends in an error.
     """
 
     num_pairs = None  # unknown
@@ -1226,7 +1234,7 @@ class StreamedPairs:
             rows.load_state_dict(position["state"] or start)
             items, bad_rows, row_number, num_pairs = [], [], position["row"], position["pairs"]
             num_rows = num_ties = 0
-            for row in rows:
+            for row in _read_stream(rows, row_number):
                 name = f"row {row_number}"
                 row_number, num_rows = row_number + 1, num_rows + 1
                 try:
@@ -1264,6 +1272,21 @@ class StreamedPairs:
             if not is_endless:
                 return
             position = {"first_visit": position["first_visit"] + len(items), "row": 0, "pairs": 0, "state": None}
+
+
+def _read_stream(rows: Iterable[dict[str, Any]], row_number: int) -> Iterator[dict[str, Any]]:
+    """Yields rows; raises ValueError in one line where they cannot be read on."""
+    rows = iter(rows)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as in `load_rows`
+            where = f"the stream cannot be read beyond row {row_number}"
+            raise ValueError(f"{where}: {type(error).__name__}, {one_line(error)}") from error
+        row_number += 1
+        yield row
 
 
 class StreamCounts(NamedTuple):
