@@ -5,7 +5,9 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import convert_pairs
 import pytest
+import sample_pairs
 import torch
 from conftest import build_pipeline
 
@@ -13,6 +15,7 @@ import train_inversion_dpo
 import train_inversion_dpo_sdxl
 
 SCRIPTS = {f"{script.__name__}.py": script for script in (train_inversion_dpo, train_inversion_dpo_sdxl)}
+TOOLS = (convert_pairs, sample_pairs)
 ROOT = Path(train_inversion_dpo.__file__).parent
 README = (ROOT / "README.md").read_text()
 
@@ -53,9 +56,17 @@ def test_the_readmes_commands_parse(name, options):
     assert args.output_dir
 
 
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
+def test_the_readmes_commands_of_the_tools_parse(tool):
+    (block,) = re.findall(rf"^    python examples/{tool.__name__}.py (.*?)(?=\n\n)", README, re.M | re.S)
+    args, _ = tool.parse_args(shlex.split(block.replace("\\\n", " ")))
+    assert args.output_dir
+
+
 def test_options_named_in_the_readme_exist(capsys):
-    with pytest.raises(SystemExit):
-        train_inversion_dpo.parse_args(["--help"])
+    for program in (train_inversion_dpo, *TOOLS):
+        with pytest.raises(SystemExit):
+            program.parse_args(["--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     section = README[README.index("## From pairs to a LoRA") : README.index("## Which objective")]
     launcher = {"--multi_gpu", "--num_processes", "--help", "--model", "--train", "--num_images"}
