@@ -1230,9 +1230,10 @@ class StreamedPairs:
         position = position or {"first_visit": 0, "row": 0, "pairs": 0, "state": None}
         rows = pickle.loads(self.rows)  # with a place of its own in the stream
         start = rows.state_dict()
+        bad_rows = []  # since the last pair, which may be of the epoch before
         while True:
             rows.load_state_dict(position["state"] or start)
-            items, bad_rows, row_number, num_pairs = [], [], position["row"], position["pairs"]
+            items, row_number, num_pairs = [], position["row"], position["pairs"]
             num_rows = num_ties = 0
             for row in _read_stream(rows, row_number):
                 name = f"row {row_number}"

@@ -608,6 +608,14 @@ def test_rows_of_a_stream_that_cannot_be_used_are_reported_once(tmp_path):
     assert unreadable["row"] == f"row {17 + number}" and unreadable["pixel_values"].isnan().all()
 
 
+def test_rows_after_the_last_pair_of_a_stream_are_reported_by_the_next_epoch(tmp_path):
+    rows = labelled_rows()[:2]
+    Dataset.from_list([*rows, {**rows[0], "caption": ""}]).to_parquet(tmp_path / "train.parquet")
+    batches = load_pairs(data_args("--train_data_dir", tmp_path, "--streaming")).batches(1, 0)
+    bad_rows = [[name for name, _ in item.bad_rows] for ((_, item),) in itertools.islice(batches, 6)]
+    assert sorted(bad_rows[:2]) == [[], []] and sorted(bad_rows[2:4]) == [[], ["row 2"]]
+
+
 def test_a_stream_of_the_first_pairs_only(tmp_path):
     pairs = load_pairs(data_args(*stream_of(tmp_path, max_train_samples=10)))
     visits, _ = visits_of(pairs, 20, batch_size=1)
