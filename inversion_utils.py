@@ -853,6 +853,10 @@ def check_data_options(args: argparse.Namespace, error: Callable[[str], None]) -
     scores = args.score_0_column or args.scores_column or ()
     if args.score_weights and len(args.score_weights) != len(scores):
         error(f"--score_weights has {len(args.score_weights)} numbers; allowed: {len(scores)}, one a column of scores")
+    meanings = {}
+    for label, meaning in args.label_map or ():
+        if meanings.setdefault(label, meaning) != meaning:
+            error(f"--label_map gives {label!r} two meanings, {meanings[label]:g} and {meaning:g}")
     if args.caption_template is not None:
         if args.caption_column != defaults.caption_column:
             error("--caption_column and --caption_template exclude each other")

@@ -406,6 +406,7 @@ def test_structures_in_words(value, text):
         (["--pairs_per_group", "all"], "--pairs_per_group goes with --images_column"),
         (["--label_map", "left"], "--label_map: is left; allowed"),
         (["--label_map", "left=2"], "--label_map: is left=2; allowed"),
+        (["--label_map", "left=1", "LEFT=0"], "--label_map gives 'left' two meanings, 1 and 0"),
         (["--caption_template", "no columns"], "--caption_template is 'no columns'"),
         (["--caption_template", "{a!r}"], "--caption_template is"),
         (["--caption_template", "{a"], "--caption_template '{a'"),
