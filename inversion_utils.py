@@ -22,6 +22,7 @@ import base64
 import binascii
 import concurrent.futures
 import contextlib
+import glob
 import hashlib
 import html
 import importlib.metadata
@@ -41,10 +42,11 @@ import string
 import tempfile
 import textwrap
 import time
+import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -513,8 +515,8 @@ def exceeds(num_bad: float, fraction: float, num_rows: float) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's message, for a message of our own."""
-    return " ".join(str(error).split())[:300]
+    """Returns the beginning of an error's message, for a message of our own; its kind if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
@@ -537,7 +539,19 @@ def label_meaning(text: str) -> list[str | float]:
     label, _, meaning = text.rpartition("=")
     if not label or meaning not in ("0", "1", "0.5", ".5"):
         raise argparse.ArgumentTypeError(f"is {text}; allowed: LABEL=1, LABEL=0 and LABEL=0.5, such as left=1")
-    return [label.strip().lower(), float(meaning)]
+    return [label_key(label), float(meaning)]
+
+
+def label_key(label: Any) -> str:
+    """Returns a label as `--label_map` is looked up: text without case, numbers whatever their type."""
+    text = str(label).strip().lower()
+    try:
+        return str(float(text) + 0.0)  # which is 0.0 for -0.0
+    except ValueError:
+        return text
+
+
+LABEL_MEANINGS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "false": 0.0, "true": 1.0}  # by `label_key`
 
 
 @dataclass(frozen=True)
@@ -616,6 +630,23 @@ class PairColumns:
             kinds |= dict.fromkeys(("--score_0_column", "--score_1_column", "--scores_column"), "numbers")
             _check_column_type(option, path, feature_at(option, path, features), kinds.get(option, "images"))
 
+    def with_label_names(self, features: dict[str, Any] | None) -> "PairColumns":
+        """Returns these columns for rows whose label is stored as the number of a name (a `datasets.ClassLabel`)."""
+        if not features or self.shape != "labels":
+            return self
+        feature = feature_at("--label_column", self.label_column, features)
+        if not hasattr(feature, "int2str"):
+            return self
+        meanings = LABEL_MEANINGS if self.label_map is None else dict(self.label_map)
+        keys = [label_key(name) for name in feature.names]
+        numbers = [[label_key(i), meanings[key]] for i, key in enumerate(keys) if key in meanings]
+        if not numbers:
+            raise ValueError(
+                f"--label_column {self.label_column} holds the names {', '.join(feature.names)[:200]}; say by "
+                "--label_map what they mean"
+            )
+        return replace(self, label_map=numbers)
+
     def images(self, row: dict[str, Any]) -> list[Any]:
         """Returns the images of a row in order, as they are stored."""
         images = [value_at(row, path) for path in self.image_columns().values()]
@@ -656,15 +687,12 @@ class PairColumns:
     def _label(self, label: Any) -> float:
         if label is None or label != label:
             raise BadRow("no label")
-        if self.label_map:
-            is_whole = isinstance(label, float) and label.is_integer()
-            label = dict(self.label_map).get(str(int(label) if is_whole else label).strip().lower(), label)
-        if isinstance(label, str) or label not in (0, 0.5, 1):
-            raise BadRow(
-                f"label not understood: --label_column {self.label_column} holds {label!r:.80}, none of 0, 0.5, 1 "
-                "nor named by --label_map"
-            )
-        return label
+        # With a map nothing else is understood, lest one that does not fit be ignored.
+        meanings = LABEL_MEANINGS if self.label_map is None else dict(self.label_map)
+        if (key := label_key(label)) not in meanings:
+            known = "none of 0, 0.5, 1" if self.label_map is None else "not named by --label_map"
+            raise BadRow(f"label not understood: --label_column {self.label_column} holds {label!r:.80}, {known}")
+        return meanings[key]
 
     def scores(self, row: dict[str, Any]) -> list[float]:
         """Returns the score of each image, NaN for one that has none; for rows of scores or groups."""
@@ -830,6 +858,9 @@ def check_data_options(args: argparse.Namespace, error: Callable[[str], None]) -
     if len(given) > 1:
         error(f"--{given[0]} and --{given[1]} exclude each other: they are two shapes of data")
     columns = PairColumns.of(args)
+    images = list(columns.image_columns().items())
+    if len(images) == 2 and images[0][1] == images[1][1]:
+        error(f"{images[0][0]} and {images[1][0]} are both {images[0][1]}; allowed: two columns")
     others = {
         "labels": (),
         "winners": ("label_column", "label_map", "image_0_column", "image_1_column"),
@@ -908,9 +939,10 @@ def load_rows(
 
     disable_progress_bars()
     source = f"--dataset_name {dataset_name}" if dataset_name else f"--train_data_dir {train_data_dir}"
-    path = Path(train_data_dir or dataset_name)
+    path = Path(train_data_dir or dataset_name).expanduser()
     root = path if path.is_dir() else path.parent
     load = partial(load_dataset, split=split, cache_dir=cache_dir, streaming=streaming)
+    has_folders = bool(image_columns) and all((path / column).is_dir() for column in image_columns)
     try:
         if dataset_name:
             rows = load(dataset_name, dataset_config_name)
@@ -920,16 +952,20 @@ def load_rows(
             rows = load_from_disk(path)
         elif (path / "dataset_dict.json").exists():
             rows = load_from_disk(path / split)
-        elif image_columns and all((path / column).is_dir() for column in image_columns):
-            rows = Dataset.from_list(rows_of_folders(path, image_columns, caption_column))
-        elif path.is_dir() and any((path / f"metadata.{kind}").exists() for kind in ("jsonl", "csv", "parquet")):
-            rows = load("imagefolder", data_dir=str(path))
         else:
-            builder, files = find_data_files(path, split)
-            root = files[0].parent
-            rows = load(builder, data_files={split: [str(file) for file in files]})
+            try:
+                rows, root = load_files(path, split, load)
+                if has_folders and not all(column_of(column, columns_of(rows)) for column in image_columns):
+                    rows = None  # the files have the captions only
+            except Exception:
+                if not has_folders:
+                    raise
+                rows = None
+            if rows is None:
+                rows = Dataset.from_list(rows_of_folders(path, image_columns, caption_column))
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
-        raise ValueError(f"{source}, split {split!r}, cannot be loaded: {one_line(error)}") from error
+        reason = one_line(error) + (f" ({one_line(error.__cause__)})" if error.__cause__ else "")
+        raise ValueError(f"{source}, split {split!r}, cannot be loaded: {reason}") from error
     if not isinstance(rows, Dataset | IterableDataset):
         raise ValueError(f"{source} is not a single split")
     if streaming and isinstance(rows, Dataset):
@@ -937,35 +973,81 @@ def load_rows(
     return Source(rows, root)
 
 
+def columns_of(rows: Any) -> list[str]:
+    """Returns the names of the columns; of a stream that does not know them, those of its first row."""
+    if rows.features is not None:
+        return list(rows.features)
+    first = next(iter(rows.take(1)), None)
+    if first is None:
+        raise ValueError("the stream is empty")
+    return list(first)
+
+
+def load_files(path: Path, split: str, load: Callable) -> tuple[Any, Path]:
+    """Returns the rows of an image folder with metadata, or of data files, and the folder their paths belong to.
+
+    Args:
+        load: `datasets.load_dataset` for the split.
+    """
+    for folder in (path / split, path):
+        if any((folder / f"metadata.{kind}").exists() for kind in ("jsonl", "csv", "parquet")):
+            return load("imagefolder", data_files={split: glob.escape(str(folder)) + "/**"}), folder
+    builder, files = find_data_files(path, split)
+    options = {}
+    if builder == "csv":  # by default "None" and "NA" are no captions
+        options = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}
+    return load(builder, data_files={split: [glob.escape(str(file)) for file in files]}, **options), files[0].parent
+
+
 DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 def find_data_files(path: Path, split: str) -> tuple[str, list[Path]]:
     """Returns the files of a split at a path and the name of the `datasets` builder that reads them.
 
-    Files belong to a split if they are named after it or lie in a folder that is; if none is, all belong to "train".
-    Parquet and arrow files may lie deeper in the folder; JSONL and CSV, to which paths of images are relative, and
-    which have the suffixes of many other things, lie at its top or in the split's folder.
+    Files belong to a split if they are named after it or lie in a folder that is; all that belong to no split belong
+    to "train" if nothing else does. Parquet and arrow files may lie deeper in the folder; JSONL and CSV, to which
+    paths of images are relative, and which have the suffixes of many other things, lie at its top or in the split's
+    folder. Hidden files are left alone.
 
     Raises:
         ValueError, FileNotFoundError: if there are none, or if it is not clear which.
     """
+
+    def suffix_of(file):
+        return Path(file.name.lower().removesuffix(".gz")).suffix
+
+    def belongs_to(file, name):
+        words = [*file.relative_to(path).parent.parts, re.match("[a-z]*", file.name.lower())[0]]
+        return name in words
+
     if path.is_file():
-        if path.suffix not in DATA_FORMATS:
+        if suffix_of(path) not in DATA_FORMATS:
             raise ValueError(f"the file ends in {path.suffix or 'nothing'}; allowed: {', '.join(DATA_FORMATS)}")
-        return DATA_FORMATS[path.suffix], [path]
+        return DATA_FORMATS[suffix_of(path)], [path]
     for suffix in (".parquet", ".arrow", ".jsonl", ".csv"):
-        if suffix in (".parquet", ".arrow"):
-            files = sorted(path.rglob(f"*{suffix}"))
-        else:
-            files = sorted(path.glob(f"*{suffix}")) + sorted(path.glob(f"{split}/*{suffix}"))
-        own = [file for file in files if file.name.startswith(split) or split in file.relative_to(path).parent.parts]
-        files = own or (files if split == "train" else [])
-        if suffix in (".jsonl", ".csv") and len({file.parent for file in files}) > 1:
-            raise ValueError(f"{files[0]} and {files[-1]} lie in different folders; name one of the files")
-        if files:
-            return DATA_FORMATS[suffix], files
+        is_deep = suffix in (".parquet", ".arrow")
+        places = [path.rglob("*")] if is_deep else [path.glob("*"), (path / split).glob("*")]
+        files = sorted(
+            file
+            for place in places
+            for file in place
+            if suffix_of(file) == suffix and file.is_file() and not is_hidden(file.relative_to(path))
+        )
+        own = [file for file in files if belongs_to(file, split)]
+        if not own and split == "train":
+            own = [file for file in files if not any(belongs_to(file, name) for name in SPLIT_NAMES)]
+        if not is_deep and len({file.parent for file in own}) > 1:
+            raise ValueError(f"{own[0]} and {own[-1]} lie in different folders; name one of the files")
+        if own:
+            return DATA_FORMATS[suffix], own
     raise FileNotFoundError("no parquet, arrow, JSONL or CSV files of this split, no metadata of an image folder")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path is hidden, as caches and what file managers leave behind are."""
+    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def rows_of_folders(folder: Path, image_columns: Sequence[str], caption_column: str) -> list[dict[str, Any]]:
@@ -984,31 +1066,52 @@ def rows_of_folders(folder: Path, image_columns: Sequence[str], caption_column: 
         begins = ", ".join(f"{column}/{min(files, default='(no image)')}" for column, files in images.items())
         raise ValueError(f"no image has the same name in all of the folders, which begin with {begins}")
     known = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line_number, line in enumerate(file.read_text().splitlines(), 1):
-            row = json.loads(line) if line.strip() else None
-            if row is not None and not isinstance(row, dict) or row is not None and "file_name" not in row:
-                raise ValueError(f"{file}, line {line_number}, has no file_name")
-            if row is not None:
-                known[str(Path(row["file_name"]).with_suffix(""))] = row
+    for file in sorted(file for file in folder.glob("*.jsonl") if not is_hidden(Path(file.name))):
+        for line_number, line in enumerate(read_text(file).split("\n"), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+                if row is not None:
+                    known[_stem(str(row["file_name"]), image_columns)] = row
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file}, line {line_number}, is no row with a file_name: {one_line(error)}"
+                ) from error
+    if known and not known.keys() & set(names):
+        raise ValueError(f"no file_name of the JSONL is that of an image: {min(known)} is none of {names[0]}, ...")
     rows = []
     for name in names:
         row = {**known.get(name, {}), **{column: files.get(name) for column, files in images.items()}}
         for place in (*image_columns, "."):
             text = folder / place / f"{name}.txt"
             if caption_column not in row and text.is_file():
-                row[caption_column] = text.read_text()
+                row[caption_column] = read_text(text).strip()
         rows.append(row)
     columns = dict.fromkeys(column for row in rows for column in row)
     return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def read_text(file: Path) -> str:
+    """Returns the text of a UTF-8 file, with or without a byte-order mark; raises ValueError that names the file."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {one_line(error)}") from error
+
+
+def _stem(name: str, image_columns: Sequence[str] = ()) -> str:
+    """Returns an image's relative path without the suffix, and without the column's folder if it begins with one."""
+    path = Path(name)
+    if len(path.parts) > 1 and path.parts[0] in image_columns:
+        path = path.relative_to(path.parts[0])
+    return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
 def _files_by_name(folder: Path) -> dict[str, str]:
     """Returns the absolute paths of a folder's images by their name below it, without suffix."""
     files = {}
     for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES:
-            name = str(file.relative_to(folder).with_suffix(""))
+        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.relative_to(folder)):
+            name = _stem(str(file.relative_to(folder)))
             if name in files:
                 raise ValueError(f"{files[name]} and {file} have the same name but for the suffix")
             files[name] = str(file.resolve())
@@ -1058,23 +1161,27 @@ class PreferencePairs:
     def __init__(self, source: Source, columns: PairColumns, max_pairs=None, max_bad_fraction=1.0):
         rows = source.rows
         columns.check(rows.column_names, rows.features)
+        columns = columns.with_label_names(rows.features)
         self.columns, self.image_root = columns, source.image_root
         images = {column_of(path, rows.column_names) for path in columns.image_columns().values()}
         others = {column_of(path, rows.column_names) for _, path in columns.other_columns()}
         self.rows = rows.select_columns(sorted(images | others)).with_format("arrow")  # decodes no image
-        facts = rows.select_columns(sorted(others)).with_format("arrow")
+        whole_images = sorted(images & set(columns.image_columns().values()))
         self.num_rows = self.num_ties = 0
         self.bad, self.first_bad = Counter(), {}
         kept = []
-        for table in facts.iter(100 if images & others else 10_000):  # structs may hold images and scores
+        for table in self.rows.iter(100 if images & others else 10_000):  # structs may hold images and scores
             try:
-                rows_of_table = table.to_pylist()
+                rows_of_table = table.select(sorted(others)).to_pylist()
+                are_missing = [table.column(column).is_null().to_pylist() for column in whole_images]
             except ValueError as error:  # text that is none
                 raise ValueError(f"the rows beyond row {self.num_rows} cannot be read: {one_line(error)}") from error
-            for row in rows_of_table:
+            for place, row in enumerate(rows_of_table):
                 if max_pairs is not None and len(kept) >= max_pairs:
                     break
                 try:
+                    if any(is_missing[place] for is_missing in are_missing):
+                        raise BadRow("no image")
                     columns.captions(row)
                     choices = columns.choices(row)
                 except BadRow as error:
@@ -1183,11 +1290,9 @@ class StreamedPairs:
 
     def __init__(self, source: Source, columns: PairColumns, buffer_size: int, max_pairs: int | None = None):
         rows = source.rows
-        first = next(iter(rows.take(1)), None) if rows.features is None else {}
-        if first is None:
-            raise ValueError("the stream is empty")
-        names = list(rows.features or first)
+        names = columns_of(rows)
         columns.check(names, rows.features)
+        columns = columns.with_label_names(rows.features)
         paths = [*columns.image_columns().values(), *(path for _, path in columns.other_columns())]
         rows = rows.select_columns(sorted({column_of(path, names) for path in paths}))
         self.rows = pickle.dumps(rows.decode(False) if rows.features else rows)
@@ -1231,10 +1336,10 @@ class StreamedPairs:
 
     def _blocks(self, position: dict[str, Any] | None, is_endless: bool = True) -> Iterator["StreamBlock"]:
         """Yields the blocks of the stream, from a block's position on."""
-        position = position or {"first_visit": 0, "row": 0, "pairs": 0, "state": None}
+        position = position or {"first_visit": 0, "row": 0, "pairs": 0, "state": None, "bad_rows": []}
         rows = pickle.loads(self.rows)  # with a place of its own in the stream
         start = rows.state_dict()
-        bad_rows = []  # since the last pair, which may be of the epoch before
+        bad_rows = [tuple(row) for row in position["bad_rows"]]  # since the last pair, perhaps of the epoch before
         while True:
             rows.load_state_dict(position["state"] or start)
             items, row_number, num_pairs = [], position["row"], position["pairs"]
@@ -1243,6 +1348,8 @@ class StreamedPairs:
                 name = f"row {row_number}"
                 row_number, num_rows = row_number + 1, num_rows + 1
                 try:
+                    if any(value_at(row, path) is None for path in self.columns.image_columns().values()):
+                        raise BadRow("no image")
                     self.columns.captions(row)
                     choices = self.columns.choices(row)
                 except BadRow as error:
@@ -1263,6 +1370,7 @@ class StreamedPairs:
                         "row": row_number,
                         "pairs": num_pairs,
                         "state": rows.state_dict(),
+                        "bad_rows": bad_rows,
                     }
                     items, num_rows = [], 0
                 if num_pairs == self.max_pairs:
@@ -1276,7 +1384,10 @@ class StreamedPairs:
                 raise ValueError(f"no pair is left of {row_number} rows of the stream" + (found and f"; {found}"))
             if not is_endless:
                 return
-            position = {"first_visit": position["first_visit"] + len(items), "row": 0, "pairs": 0, "state": None}
+            position = {
+                "first_visit": position["first_visit"] + len(items), "row": 0, "pairs": 0, "state": None,
+                "bad_rows": bad_rows,
+            }  # fmt: skip
 
 
 def _read_stream(rows: Iterable[dict[str, Any]], row_number: int) -> Iterator[dict[str, Any]]:
@@ -1367,30 +1478,37 @@ def read_image(value: Any, image_root: Path | str = "") -> bytes | Image.Image:
     Raises:
         BadRow: if there is none.
     """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        raise BadRow("no image")
+    if isinstance(value, bytes | Image.Image):
+        return value
     try:
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes | Image.Image):
-            return value
         if not isinstance(value, str):
-            raise TypeError("there is none" if value is None else f"it is of type {type(value).__name__}")
+            raise ValueError(f"it is of type {type(value).__name__}")
         if value.startswith("data:"):
             return base64.b64decode(value.partition(",")[2])
+        if value.startswith(("http://", "https://")):
+            request = urllib.request.Request(value, headers={"User-Agent": "inversion-dpo"})
+            with urllib.request.urlopen(request, timeout=30) as file:
+                return file.read()
         if "://" in value[:4096]:
             import fsspec  # comes with `datasets`
 
             with fsspec.open(value, "rb") as file:
                 return file.read()
         with contextlib.suppress(OSError):  # a name too long for a path may be base64
-            path = Path(image_root, value)
+            path = Path(image_root, value).expanduser()
             if path.is_file() or len(value) < 100:
                 return path.read_bytes()
         try:
-            return base64.b64decode(value, validate=True)
+            text = "".join(value.split()).replace("-", "+").replace("_", "/")
+            return base64.b64decode(text, validate=True)
         except binascii.Error:
             raise FileNotFoundError(f"{value[:200]} is neither a file nor base64") from None
     except Exception as error:  # fsspec's file systems raise nearly every kind
-        raise BadRow(f"unreadable image: {type(error).__name__}, {one_line(error)}") from error
+        raise BadRow(f"unreadable image: {one_line(error)}") from error
 
 
 def decode_image(value: Any) -> Image.Image:
@@ -1420,7 +1538,7 @@ def decode_image(value: Any) -> Image.Image:
         return image.convert("RGB")
     except Exception as error:  # PIL raises nearly every kind on damaged files
         message = re.sub(r" <_io.BytesIO[^>]*>", "", one_line(error))
-        raise BadRow(f"unreadable image: {type(error).__name__}, {message}") from error
+        raise BadRow(f"unreadable image: {message}") from error
 
 
 class View(NamedTuple):
@@ -2767,14 +2885,20 @@ CONTACT_SHEET_FILE = "dry_run.png"
 DRY_RUN_UPDATES = 3
 
 
-def inspect_pairs(dataset: PreferenceDataset, tokenizers: Sequence, sample_size: int = 128) -> dict[str, Any]:
+def inspect_pairs(
+    dataset: PreferenceDataset, tokenizers: Sequence, max_bad_fraction: float, sample_size: int = 128
+) -> dict[str, Any]:
     """Returns what a look at the pairs shows: at all labels and captions, and at the images of a random sample.
 
-    Of a stream the sample is the beginning, and its labels are the sample's.
+    Of a stream the sample is the beginning, and its labels are the sample's. If the sample has clearly more unusable
+    rows than `max_bad_fraction`, as will end the run, there is an entry "problem".
     """
     pairs = dataset.pairs
     items = pairs.sample(sample_size, dataset.seed)
-    opened, unusable = [], []
+    opened, unusable = [], [reason for item in items for _, reason in pairs.skipped_before(item)]
+    if pairs.num_pairs is None and len(items) < sample_size:
+        unusable += [reason for _, reason in pairs.seen.bad_rows]  # after the last pair
+    num_rows = len(items) + len(unusable)
     for item in items:
         try:
             opened.append(dataset.open(item))
@@ -2803,6 +2927,12 @@ def inspect_pairs(dataset: PreferenceDataset, tokenizers: Sequence, sample_size:
         is_biased = abs(share - 0.5) > 3 * math.sqrt(0.25 / count)
         report["image 0 is the winner"] = f"{share:.1%} of {count} pairs" + (
             ": its column tells who wins, is that meant?" if is_biased else ""
+        )
+    if exceeds(len(unusable), max_bad_fraction, num_rows):
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in count_by_reason(unusable).items())
+        report["problem"] = (
+            f"--max_bad_fraction is {max_bad_fraction:g}, but of {num_rows} rows looked at {len(unusable)} cannot be "
+            f"used: {reasons}"
         )
     return report
 

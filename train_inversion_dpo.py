@@ -875,7 +875,10 @@ def main(argv=None):
         if accelerator.is_main_process:
             examples = [train_dataset[i, item] for i, item in enumerate(pairs.sample(8, args.seed))]
             draw_contact_sheet(examples).save(Path(args.output_dir) / CONTACT_SHEET_FILE)
-            report_dry_run(args.output_dir, report, data=inspect_pairs(train_dataset, tokenizers))
+            data = inspect_pairs(train_dataset, tokenizers, args.max_bad_fraction)
+            report_dry_run(args.output_dir, report, data=data)
+            if "problem" in data:
+                error(data["problem"])
     progress = tqdm(total=last_step, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     policy.train()
     good_steps = bad_steps = bad_steps_in_a_row = 0
@@ -965,9 +968,11 @@ def main(argv=None):
             )
         if exceeds(num_bad_rows, args.max_bad_fraction, visit - first_visit + num_bad_rows):
             reasons = count_by_reason(reasons_of_all_processes()[0].values())
+            counts = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
+            num_rows = round(visit - first_visit + num_bad_rows)
             raise RuntimeError(
-                f"--max_bad_fraction is {args.max_bad_fraction:g}, but clearly more of the rows read so far cannot "
-                f"be used: {', '.join(f'{count} with {reason}' for reason, count in reasons.items())}"
+                f"--max_bad_fraction is {args.max_bad_fraction:g}, but of {num_rows} rows read so far clearly more "
+                f"cannot be used: {counts}"
             )
         if good_steps == 10 and is_zero_lora(base):
             raise RuntimeError(

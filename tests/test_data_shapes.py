@@ -3,19 +3,23 @@
 import argparse
 import base64
 import csv
+import functools
+import gzip
+import http.server
 import io
 import itertools
 import json
 import math
 import re
 import shlex
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import encode
-from datasets import Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 import train_inversion_dpo
@@ -239,12 +243,13 @@ def test_a_file_without_its_partner_is_a_bad_row(tmp_path):
         for name in names:
             (tmp_path / folder / f"{name}.png").write_bytes(png("best" if folder == "chosen" else "worst"))
             (tmp_path / folder / f"{name}.txt").write_text(name)
-    pairs = load_pairs(
-        data_args("--train_data_dir", tmp_path, "--winner_column", "chosen", "--loser_column", "rejected")
-    )
-    assert len(pairs) == 2 and pairs[0].captions == ["a"]
-    with pytest.raises(BadRow, match="unreadable image: TypeError, there is none"):
-        pairs[1]
+    options = ["--train_data_dir", tmp_path, "--winner_column", "chosen", "--loser_column", "rejected"]
+    with pytest.raises(ValueError, match=r"of 2 rows 1 cannot be used: 1 with no image \(the first: row 1"):
+        load_pairs(data_args(*options))
+    pairs = load_pairs(data_args(*options, "--max_bad_fraction", 0.5))
+    assert len(pairs) == 1 and pairs[0].captions == ["a"]
+    pairs = load_pairs(data_args(*options, "--streaming"))
+    assert len(pairs.sample(5, 0)) == 1 and pairs.seen.bad_rows == [("row 1", "no image")]
 
 
 SCORED = [
@@ -525,7 +530,7 @@ def test_sixteen_bits_cmyk_and_animations():
     for image_format in ("GIF", "WEBP", "PNG"):
         animated = stored(frames[0], image_format, save_all=True, append_images=frames[1:])
         assert decode_image(animated).getpixel((4, 4))[0] > 240
-    with pytest.raises(BadRow, match="unreadable image: ValueError, its pixels are floating-point"):
+    with pytest.raises(BadRow, match="unreadable image: its pixels are floating-point"):
         decode_image(stored(PILImage.new("F", (8, 8)), "TIFF"))
     with pytest.raises(BadRow, match="more than 16 bits"):
         decode_image(stored(PILImage.fromarray(np.full((8, 8), 70000, np.int32)), "TIFF"))
@@ -664,3 +669,175 @@ def test_the_readme_has_flags_for_every_shape():
     words = {word for flags in readme_flags() for word in flags}
     assert {"--label_column", "--label_map", "--winner_column", "--score_0_column", "--images_column",
             "--score_weights", "--caption_column", "--caption_template", "--streaming"} <= words  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map", "stream"])
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([True, False, True, False], ["--label_map", "1=0", "0=1"], "true|True"),
+        ([1, 0, 1, 0], ["--label_map", "true=0", "false=1"], "holds 1"),
+        (["1", "0", "best", "0"], [], "holds 'best'"),
+        ([1.0, 0.0, 2.0, 0.0], ["--label_map", "1.0=1", "0.0=0"], "holds 2.0, not named by --label_map"),
+    ],
+)
+def test_a_label_that_the_map_does_not_name_is_never_read_by_itself(labels, options, message, streaming, tmp_path):
+    rows = [{**row, "label_0": label} for row, label in zip(labelled_rows(), labels, strict=True)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    args = data_args("--train_data_dir", tmp_path, "--max_bad_fraction", 1, *options, *streaming)
+    if not streaming:
+        with pytest.raises(ValueError, match=f"label not understood.*({message})"):
+            load_pairs(argparse.Namespace(**vars(args) | {"max_bad_fraction": 0.1}))
+    else:
+        pairs = load_pairs(args)
+        try:
+            items = pairs.sample(9, 0)
+        except ValueError as error:
+            assert "4 with label not understood" in str(error)
+        else:
+            assert len(items) == 3
+
+
+@pytest.mark.parametrize("store", ["parquet", "disk", "stream"])
+@pytest.mark.parametrize(
+    ("names", "labels", "options"),
+    [
+        (["left", "right"], [0, 1, 0, 1], ["--label_map", "left=1", "right=0"]),
+        (["1", "0"], [0, 1, 0, 1], []),
+        (["no", "yes"], [1, 0, 1, 0], ["--label_map", "yes=1", "no=0"]),
+    ],
+)
+def test_labels_stored_as_numbers_of_names(names, labels, options, store, tmp_path):
+    features = Features(
+        jpg_0=Value("binary"), jpg_1=Value("binary"), label_0=ClassLabel(names=names), caption=Value("string")
+    )
+    rows = [{**row, "label_0": label} for row, label in zip(labelled_rows(), labels, strict=True)]
+    rows = Dataset.from_list(rows, features=features)
+    rows.save_to_disk(tmp_path / "data") if store == "disk" else rows.to_parquet(tmp_path / "data" / "train.parquet")
+    streaming = ["--streaming"] if store == "stream" else []
+    assert_winners(batch_of("--train_data_dir", tmp_path / "data", *options, *streaming, count=4), *EXPECTED)
+
+
+def test_names_of_labels_without_a_meaning(tmp_path):
+    rows = Dataset.from_list(labelled_rows()).cast_column("label_0", Value("int64"))
+    rows.cast_column("label_0", ClassLabel(names=["left", "right"])).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="--label_column label_0 holds the names left, right; say by --label_map"):
+        load_pairs(data_args("--train_data_dir", tmp_path / "data"))
+
+
+def test_hidden_files_and_other_splits_are_left_alone(tmp_path):
+    to_parquet(tmp_path)
+    for name in (".cache/train-x.parquet", "._train.parquet", "validation-0.parquet", "test/data.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Dataset.from_list(labelled_rows() * 2).to_parquet(tmp_path / name)
+    assert load_pairs(data_args("--train_data_dir", tmp_path)).num_pairs == 4
+    (tmp_path / "train.parquet").rename(tmp_path / "pairs.parquet")
+    assert load_pairs(data_args("--train_data_dir", tmp_path)).num_pairs == 4
+    assert load_pairs(data_args("--train_data_dir", tmp_path, "--dataset_split_name", "test")).num_pairs == 8
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "metadata", "parquet"])
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["map", "stream"])
+def test_files_with_the_columns_win_over_folders_of_their_names(layout, streaming, tmp_path):
+    """A table beside the folders that it points into, which are called like its columns."""
+    for column, name in (("chosen", "best"), ("rejected", "worst")):
+        (tmp_path / column).mkdir()
+        for i in range(3):
+            (tmp_path / column / f"{i}.png").write_bytes(png(name, i))
+    rows = [{"chosen": f"chosen/{i}.png", "rejected": f"rejected/{2 - i}.png", "caption": f"no {i}"} for i in range(3)]
+    if layout == "jsonl":
+        (tmp_path / "pairs.JSONL").write_text("\ufeff" + "\r\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif layout == "csv":
+        lines = ["chosen,rejected,caption", *(",".join(row.values()) for row in rows)]
+        (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    elif layout == "metadata":
+        rows = [{"chosen_file_name": r["chosen"], "rejected_file_name": r["rejected"], "caption": r["caption"]}
+                for r in rows]  # fmt: skip
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    options = ["--train_data_dir", tmp_path, "--winner_column", "chosen", "--loser_column", "rejected", *streaming]
+    assert_winners(batch_of(*options, count=3), *[("best", "worst", f"no {i}") for i in range(3)])
+    with pytest.raises(SystemExit):
+        data_args("--train_data_dir", tmp_path, "--winner_column", "chosen", "--loser_column", "chosen")
+
+
+def test_captions_of_folders_in_files_as_editors_write_them(tmp_path):
+    """Byte-order marks, hidden files beside, names with the folder or a dot in them, odd line separators in a text."""
+    for column, name in (("chosen", "best"), ("rejected", "worst")):
+        (tmp_path / column).mkdir()
+        for i, stem in enumerate(("v1.0", "b")):
+            (tmp_path / column / f"{stem}.png").write_bytes(png(name, i))
+            (tmp_path / column / f"._{stem}.png").write_bytes(b"resource fork")
+    rows = [{"file_name": "v1.0", "caption": "one\u2028two"}]
+    (tmp_path / "captions.jsonl").write_text(
+        "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
+    (tmp_path / "._captions.jsonl").write_bytes(b"\x00\x05")
+    (tmp_path / "chosen" / "b.txt").write_text("\ufefftext\n", encoding="utf-8")
+    options = ["--train_data_dir", tmp_path, "--winner_column", "chosen", "--loser_column", "rejected"]
+    assert_winners(batch_of(*options), ("best", "worst", "one\u2028two"), ("best", "worst", "text"))
+    rows = [{"file_name": "rejected/b.png", "caption": "prefixed"}, {"file_name": "v1.0.png", "caption": "suffixed"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert_winners(batch_of(*options), ("best", "worst", "prefixed"), ("best", "worst", "suffixed"))
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "zzz", "caption": "x"}')
+    with pytest.raises(ValueError, match="no file_name of the JSONL is that of an image: zzz"):
+        load_pairs(data_args(*options))
+    (tmp_path / "captions.jsonl").write_text('{"caption": "x"}\n{nonsense')
+    with pytest.raises(ValueError, match="captions.jsonl, line 1, is no row with a file_name"):
+        load_pairs(data_args(*options))
+
+
+def test_image_folders_of_splits(tmp_path):
+    for split, count in (("train", 2), ("test", 1)):
+        (tmp_path / split).mkdir()
+        rows = []
+        for i in range(count):
+            for name in ("best", "worst"):
+                (tmp_path / split / f"test_{i}_{name}.png").write_bytes(png(name, i))
+            rows.append({"jpg_0_file_name": f"test_{i}_best.png", "jpg_1_file_name": f"test_{i}_worst.png",
+                         "label_0": 1, "caption": str(i)})  # fmt: skip
+        (tmp_path / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_pairs(data_args("--train_data_dir", tmp_path)).num_pairs == 2
+    assert load_pairs(data_args("--train_data_dir", tmp_path, "--dataset_split_name", "test")).num_pairs == 1
+
+
+@pytest.mark.parametrize("store", [to_parquet, to_jsonl, to_image_folder])
+def test_paths_with_brackets_blanks_and_umlauts(store, tmp_path):
+    (tmp_path / "j [v2] ü x").mkdir()
+    assert_winners(batch_of("--train_data_dir", store(tmp_path / "j [v2] ü x")), *EXPECTED)
+
+
+def test_compressed_jsonl_and_captions_that_look_like_nothing(tmp_path):
+    rows = write_files(tmp_path)
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    assert_winners(batch_of("--train_data_dir", tmp_path), *EXPECTED)
+    (tmp_path / "pairs.jsonl.gz").unlink()
+    lines = ["jpg_0,jpg_1,label_0,caption", *(f"{r['jpg_0']},{r['jpg_1']},{r['label_0']},None" for r in rows)]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    assert {example["caption"] for example in batch_of("--train_data_dir", tmp_path)} == {"None"}
+
+
+def test_base64_of_every_dialect():
+    data = bytes(range(256)) * 2
+    for text in (base64.b64encode(data), base64.encodebytes(data), base64.urlsafe_b64encode(data)):
+        assert read_image(text.decode()) == data
+
+
+def test_addresses(tmp_path):
+    (tmp_path / "a.png").write_bytes(png("best"))
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert read_image(f"{address}/a.png") == png("best")
+        with pytest.raises(BadRow, match="unreadable image: HTTP Error 404"):
+            read_image(f"{address}/b.png")
+    finally:
+        server.shutdown()
+    assert read_image((tmp_path / "a.png").as_uri()) == png("best")

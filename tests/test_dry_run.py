@@ -38,7 +38,7 @@ class Words:
 
 def inspect(rows, columns=None, **options):
     pairs = PreferencePairs(Source(Dataset.from_list(rows), "."), columns or PairColumns())
-    return inspect_pairs(PreferenceDataset(pairs, 32, 1, 0, False, False, 0.0), [Words()], **options)
+    return inspect_pairs(PreferenceDataset(pairs, 32, 1, 0, False, False, 0.0), [Words()], 0.1, **options)
 
 
 def test_a_dry_run_reports_and_leaves_nothing_but_its_report(train, tmp_path, capsys):

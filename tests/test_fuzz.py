@@ -136,7 +136,7 @@ def test_what_pil_saves_is_read(saved):
         stored_mode, size, largest = file.mode, file.size, max(np.ravel(file.getextrema()))
         has_exif = orientation in range(2, 9) and file.getexif().get(ExifTags.Base.Orientation) == orientation
     if stored_mode == "F" or stored_mode == "I" and largest > 65535:
-        with pytest.raises(BadRow, match="^unreadable image: ValueError, its pixels"):
+        with pytest.raises(BadRow, match="^unreadable image: its pixels"):
             decode_image(data)
         return
     lossless = image_format in ("PNG", "BMP", "TIFF", "WEBP", "PPM", "TGA", "SGI")
@@ -161,7 +161,7 @@ def test_damaged_images_are_bad_rows_or_images(saved, data):
     try:
         decoded = decode_image(damaged)
     except BadRow as error:
-        assert str(error).startswith("unreadable image: ") and "\n" not in str(error)
+        assert str(error).startswith(("unreadable image: ", "no image")) and "\n" not in str(error)
     else:
         assert decoded.mode == "RGB" and min(decoded.size) > 0
 
@@ -196,7 +196,7 @@ def test_anything_in_place_of_an_image(value):
         try:
             assert isinstance(read(value), bytes | Image.Image)
         except BadRow as error:
-            assert str(error).startswith("unreadable image: ") and "\n" not in str(error)
+            assert str(error).startswith(("unreadable image: ", "no image")) and "\n" not in str(error)
 
 
 # Rows
@@ -272,19 +272,18 @@ def meaning_of(label, label_map):
     """1, 0 or 0.5 of a label, None if it has no meaning."""
     if label is None or isinstance(label, float) and math.isnan(label):
         return None
-    if label_map:
-        if isinstance(label, bool):
-            text = "true" if label else "false"
-        elif isinstance(label, float) and math.isfinite(label) and label == math.floor(label):
-            text = f"{label:.0f}".replace("-0", "0") if label == 0 else f"{label:.0f}"
-        else:
-            text = str(label)
-        for key, meaning in reversed(label_map):
-            if key == text.strip().lower():
-                return meaning
-    if isinstance(label, bool | int | float | Decimal) and label in (0, 1, 0.5):
-        return float(label)
+    text = ("true" if label else "false") if isinstance(label, bool) else str(label).strip().lower()
+    for key, meaning in label_map or [["0", 0], ["0.5", 0.5], ["1", 1], ["false", 0], ["true", 1]]:
+        if key == text or number_of(key) is not None and number_of(key) == number_of(text):
+            return meaning
     return None
+
+
+def number_of(text):
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 CAPTIONS = st.one_of(
@@ -334,10 +333,10 @@ def test_labels(data, num_shards):
     for row in rows:
         image_0, image_1, label, caption = (row[name] for name in names)
         meaning, texts = meaning_of(label, columns.label_map), usable_texts(caption)
-        if meaning is None or not texts or meaning == 0.5 and columns.tie_policy == "drop":
+        if meaning is None or not texts or image_0 is None or meaning == 0.5 and columns.tie_policy == "drop":
             continue
-        if not image_0 or not image_1:
-            expected.append("unreadable image" if image_0 is None or image_1 is None else "both images are the same")
+        if not image_0:
+            expected.append("both images are the same")
             continue
         winner, loser = (image_1, image_0) if meaning == 0 else (image_0, image_1)
         expected.append((winner, loser, texts, "nan", meaning == 0.5))
@@ -507,7 +506,9 @@ def test_label_maps(label, meaning):
     except SystemExit as stop:
         assert stop.code == 2 and (not key or value not in ("0", "1", ".5", "0.5"))
     else:
-        assert args.label_map == [[key.strip().lower(), {"0": 0, "1": 1}.get(value, 0.5)]]
+        ((found, found_meaning),) = args.label_map
+        assert found_meaning == {"0": 0, "1": 1}.get(value, 0.5)
+        assert found == key.strip().lower() or number_of(found) == number_of(key) or math.isnan(float(found))
 
 
 @given(ANYTHING)
