@@ -503,6 +503,10 @@ class BadRow(Exception):
     """A data row that cannot become a training example. The message is "reason" or "reason: details"."""
 
 
+class NoUsablePair(RuntimeError):
+    """Many pairs in a row cannot become training examples."""
+
+
 def count_by_reason(reasons: Iterable[str]) -> Counter:
     """Returns how often each reason occurs in messages of `BadRow`."""
     return Counter(reason.partition(": ")[0] for reason in reasons)
@@ -1627,6 +1631,14 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, visit_and_item: tuple[int, Any]) -> dict[str, Any]:
         visit, item = visit_and_item
+        try:
+            return self._example(visit, item)
+        except NoUsablePair:
+            raise
+        except Exception as error:  # nothing that is foreseen: say at least where
+            raise RuntimeError(f"{self.pairs.row_name(item)}: {type(error).__name__}: {one_line(error)}") from error
+
+    def _example(self, visit: int, item: Any) -> dict[str, Any]:
         rng = visit_rng(self.seed, visit)
         top, left, flip, empty, *uniforms = rng.random(4 + self.num_targets)
         if self.cache:
@@ -1655,7 +1667,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
             item = other
         else:
             name, reason = bad_rows[0]
-            raise RuntimeError(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unusable; the first: {name}, {reason}")
+            raise NoUsablePair(f"{self.MAX_ATTEMPTS} pairs drawn in a row are unusable; the first: {name}, {reason}")
         if caption is None:
             caption = "" if is_empty else pair.captions[int(rng.integers(len(pair.captions)))]
         has_margin = self.strength_scale is not None and not pair.is_tie

@@ -94,13 +94,14 @@ def parse_args(argv=None):
     add("--rounds", type=count, default=3, help="More: less noise")
     add("--steps", type=count, default=2, help="Measured steps per round and method")
     add(
-        "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in COMPILED],
+        "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in ON_REQUEST],
         help="Rows of the table; all but the compiled ones if not given",
     )  # fmt: skip
     add("--inpo_steps", type=count, default=10, help="Calls of the inversion in published_inpo; its authors take 10")
     add(
         "--inversion_dpo_steps", type=count, default=40,
-        help="Nodes of published_inversion_dpo, whose graphs are all in memory; its code has 40, its script 80",
+        help="Nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
+        "of two rows of ours: inverting as many, four of them trained, and training all",
     )  # fmt: skip
     add("--output", help="Also write the figures to this new file, as JSON")
     args = parser.parse_args(argv)
@@ -305,7 +306,8 @@ class Method(NamedTuple):
     """A row of the table.
 
     Attributes:
-        options: the training script's; "{folder}" in them becomes a new, empty folder.
+        options: the training script's; "{folder}" in them becomes a new, empty folder, "{nodes}" the benchmark's
+            --inversion_dpo_steps.
         rival: (benchmark's options) -> a step (models, batch) instead of the script's own, or None.
         warmup: updates that come before the measured ones. An update visits each pair once.
     """
@@ -316,13 +318,26 @@ class Method(NamedTuple):
 
 
 CACHED = ["--inversion_cache_dir", "{folder}", "--cached_timesteps", "1"]  # the first update fills it
-COMPILED = ("inpo, compiled",)  # left out unless asked for: on a CPU compiling takes many minutes
+ON_REQUEST = ("inpo, compiled",)  # on a CPU compiling takes many minutes
 
 METHODS = {
     "diffusion_dpo": Method(["--objective", "diffusion_dpo"]),
     "inpo": Method(["--objective", "inpo"]),
     "inversion_dpo": Method(["--objective", "inversion_dpo"]),
     "inversion_dpo, chunks of 1": Method(["--objective", "inversion_dpo", "--trajectory_chunk", "1"]),
+    "inversion_dpo, as many nodes": Method(["--objective", "inversion_dpo", "--inversion_steps", "{nodes}"]),
+    "inversion_dpo, all nodes": Method(
+        [
+            "--objective",
+            "inversion_dpo",
+            "--timesteps_per_pair",
+            "{nodes}",
+            "--inversion_steps",
+            "{nodes}",
+            "--trajectory_chunk",
+            "1",
+        ]
+    ),
     "inpo, cached": Method(["--objective", "inpo", *CACHED], warmup=2),
     "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED], warmup=2),
     "diffusion_dpo, cached latents": Method(["--objective", "diffusion_dpo", "--cache_latents", *CACHED], warmup=2),
@@ -495,7 +510,10 @@ def measure(args, method, folder, flops):
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),
         "--train_batch_size", str(args.train_batch_size), "--max_train_steps", str(last + 1),
         "--checkpointing_steps", str(last + 1), "--mixed_precision", args.mixed_precision,
-        *(option.replace("{folder}", tempfile.mkdtemp(dir=folder)) for option in method.options),
+        *(
+            option.format(folder=tempfile.mkdtemp(dir=folder), nodes=args.inversion_dpo_steps)
+            for option in method.options
+        ),
     ]  # fmt: skip
     try:
         if method.rival:

@@ -165,10 +165,10 @@ def test_cached_latents_equal_the_plain_path(train, family, calls, tmp_path, obj
     plain = lora(train("plain", **options))
     reset(calls)
     cached = {"inversion_cache_dir": tmp_path / "cache", "cache_latents": True}
-    assert_same(lora(train("cold", **cached, **options)), plain, atol=2e-6)
+    assert_same(lora(train("cold", **cached, **options)), plain, atol=1e-5)
     assert calls["encode_images"] == 4  # an entry per row: 8 pairs in twos, the second epoch finds them
     reset(calls)
-    assert_same(lora(train("warm", **cached, **options)), plain, atol=2e-6)
+    assert_same(lora(train("warm", **cached, **options)), plain, atol=1e-5)
     assert calls["encode_images"] == calls["encode_prompts"] == calls["load_encoders"] == 0
 
 

@@ -228,6 +228,12 @@ def test_a_bad_row_is_replaced_within_its_visit():
     assert torch.equal(example["pixel_values"], dataset[5, 1]["pixel_values"])
 
 
+def test_what_nobody_foresaw_names_its_row(monkeypatch):
+    monkeypatch.setattr("inversion_utils.resize_and_crop", lambda *args: 1 / 0)
+    with pytest.raises(RuntimeError, match="^row 2: ZeroDivisionError: division by zero"):
+        preferences(labelled(pair_rows(3)))[0, 2]
+
+
 def test_bad_rows_are_named_once_and_counted():
     lines = []
     log = RowLog(lines.append, "is skipped", {}, named=2)
