@@ -130,6 +130,14 @@ def pairs_dir(tmp_path_factory):
     return write_parquet(pair_rows(), tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl_model(tmp_path_factory):
+    """Folder of an epsilon-prediction SDXL pipeline with random weights: 32 px pictures, 4 x 4 latents."""
+    folder = tmp_path_factory.mktemp("tiny_sdxl_model")
+    build_sdxl_pipeline().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def script():
     """The training script under test; the SDXL script's tests replace it, and `tiny_model`."""

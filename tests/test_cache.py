@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import build_sdxl_pipeline, encode, pair_rows, random_image, write_json, write_parquet
+from conftest import encode, pair_rows, random_image, write_json, write_parquet
 from PIL import Image
 from test_train_inversion_dpo import ONE_THREAD, assert_same, launch, logged, lora
 
@@ -28,13 +28,6 @@ from inversion_utils import (
 )
 
 SCRIPTS = [train_inversion_dpo, train_inversion_dpo_sdxl]
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_sdxl_model")
-    build_sdxl_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -23,12 +23,9 @@ def script():
     return train_inversion_dpo_sdxl
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Folder of an epsilon-prediction SDXL pipeline with random weights: 32 px pictures, 4 x 4 latents."""
-    folder = tmp_path_factory.mktemp("tiny_sdxl_model")
-    build_sdxl_pipeline().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def tiny_model(tiny_sdxl_model):
+    return tiny_sdxl_model
 
 
 @pytest.fixture
