@@ -1158,6 +1158,9 @@ class PreferencePairs:
         max_pairs: keep the first so many pairs, look at no row beyond; all if None.
         max_bad_fraction: the largest share of rows without a label, score or caption.
 
+    Attributes:
+        max_captions: the most captions that a row has.
+
     Raises:
         ValueError: if a column is missing, too many rows are bad, or no pair is left.
     """
@@ -1171,7 +1174,7 @@ class PreferencePairs:
         others = {column_of(path, rows.column_names) for _, path in columns.other_columns()}
         self.rows = rows.select_columns(sorted(images | others)).with_format("arrow")  # decodes no image
         whole_images = sorted(images & set(columns.image_columns().values()))
-        self.num_rows = self.num_ties = 0
+        self.num_rows = self.num_ties = self.max_captions = 0
         self.bad, self.first_bad = Counter(), {}
         kept = []
         for table in self.rows.iter(100 if images & others else 10_000):  # structs may hold images and scores
@@ -1186,7 +1189,7 @@ class PreferencePairs:
                 try:
                     if any(is_missing[place] for is_missing in are_missing):
                         raise BadRow("no image")
-                    columns.captions(row)
+                    self.max_captions = max(self.max_captions, len(columns.captions(row)))
                     choices = columns.choices(row)
                 except BadRow as error:
                     reason = str(error).partition(": ")[0]
@@ -1657,7 +1660,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
                     cached = self.cache.look_up(pair, caption, crop, flip, uniforms)
                     if cached.is_complete:
                         break
-                pair, images = self.open(item)
+                pair, images = self.open(item, pair if self.cache else None)
                 break
             except BadRow as error:
                 bad_rows.append((self.pairs.row_name(item), str(error)))
@@ -1691,9 +1694,9 @@ class PreferenceDataset(torch.utils.data.Dataset):
             "corners": torch.tensor([view.corner for view in views]),
         }
 
-    def open(self, item: Any) -> tuple[Pair, list[Image.Image]]:
-        """Returns a pair and its decoded images, winner and loser; raises BadRow if it cannot be used."""
-        pair = self.pairs[item]
+    def open(self, item: Any, pair: Pair | None = None) -> tuple[Pair, list[Image.Image]]:
+        """Returns a pair, if it is not known yet, and its decoded images; raises BadRow if it cannot be used."""
+        pair = pair or self.pairs[item]
         images = [decode_image(image) for image in (pair.winner, pair.loser)]
         for image in images:
             if min(image.size) < self.min_image_size:
@@ -1931,7 +1934,7 @@ class InversionCache:
         self.damaged = {}  # file name -> what is wrong
         self._shards, self._index = set(), {}  # files that were listed; key -> file
         self._headers, self._listed = {}, None  # of the shards last read; when the folder was
-        self._pending, self._pending_bytes = {}, 0
+        self._pending, self._pending_bytes, self.is_writable = {}, 0, True
         self.folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()
         self._refresh()
@@ -1950,15 +1953,25 @@ class InversionCache:
 
         Everything is returned as it is kept, so that a run that fills the cache and one that reads it are equal.
         """
-        missing = [cached for cached in batch["cached"] if not cached.is_complete]
-        if any(self.find(key) is None for cached in missing for key in (cached.key, cached.text_key)):
-            for cached, (entry, text) in zip(missing, split_visits(compute(batch["missing"])), strict=True):
-                self._add(cached.key, entry)
-                self._add(cached.text_key, text)
+        missing = [c for c, is_known in zip(batch["cached"], batch["is_known"], strict=True) if not is_known]
         found = {key: self.find(key) for cached in missing for key in (cached.key, cached.text_key)}
-        if self._pending_bytes > SHARD_BYTES:
-            self.flush()
-        return [(c.entry, c.text) if c.is_complete else (found[c.key], found[c.text_key]) for c in batch["cached"]]
+        if any(entry is None for entry in found.values()):
+            for cached, (entry, text) in zip(missing, split_visits(compute(batch["missing"])), strict=True):
+                for key, part in ((cached.key, entry), (cached.text_key, text)):
+                    if found[key] is None:
+                        found[key] = part
+                        self._add(key, part)
+            if self._pending_bytes > SHARD_BYTES:
+                self.flush()
+        place, known, completed = 0, batch["known"], []
+        for cached, is_known in zip(batch["cached"], batch["is_known"], strict=True):
+            if is_known:
+                entry, text = ({name: x[place] for name, x in known[part].items()} for part in ("entry", "text"))
+                place += 1
+            else:
+                entry, text = found[cached.key], found[cached.text_key]
+            completed.append((entry, text))
+        return completed
 
     def find(self, key: str) -> Entry | None:
         """Returns an entry, None if it is missing or damaged."""
@@ -1974,11 +1987,23 @@ class InversionCache:
         return None
 
     def flush(self) -> None:
-        """Writes what is not on the disk yet to a shard; raises OSError if that fails."""
-        from safetensors.torch import save
-
+        """Writes what is not on the disk yet to a shard; if that fails, says so, and nothing more is kept."""
         if not self._pending:
             return
+        try:
+            self._write_shard()
+        except OSError as error:  # a full disk: no reason to lose what is trained
+            self.is_writable = False
+            logging.getLogger(__name__).warning(
+                f"--inversion_cache_dir {self.folder} cannot be written, what is missing is computed at every visit "
+                f"from now on: {one_line(error)}"
+            )
+        self._pending, self._pending_bytes, self._listed = {}, 0, None
+        self._refresh()
+
+    def _write_shard(self) -> None:
+        from safetensors.torch import save
+
         tensors = {f"{key}/{name}": x for key, entry in self._pending.items() for name, x in entry.items()}
         checksums = {key: _checksum(key, entry) for key, entry in self._pending.items()}
         file = self.folder / f"cache-{time.time_ns():020}-{uuid.uuid4().hex[:8]}.safetensors"
@@ -1991,16 +2016,18 @@ class InversionCache:
             partial.rename(file)
         finally:
             partial.unlink(missing_ok=True)
-        self._pending, self._pending_bytes, self._listed = {}, 0, None
-        self._refresh()
 
     def size(self) -> int:
-        """Returns the bytes of the shards with entries made by these settings."""
-        files = {file for key, file in self._index.items() if key.startswith((self.prefix, self.text_prefix))}
-        return sum(file.stat().st_size for file in files)
+        """Returns the bytes of all shards in the folder."""
+        return sum(file.stat().st_size for file in self._shards)
+
+    def num_visits(self) -> int:
+        """Returns how many visits with these settings have an entry, of these data or others."""
+        return sum(key.startswith(self.prefix) for key in self._index)
 
     def _add(self, key, entry) -> None:
-        if self.find(key) is None:
+        """Keeps an entry; not what is not finite, which may have been an accident."""
+        if self.is_writable and all(value.isfinite().all() for value in entry.values()):
             self._pending[key] = entry
             self._pending_bytes += sum(value.nbytes for value in entry.values())
 
@@ -2102,9 +2129,11 @@ def collate_cached(
 ) -> dict[str, Any]:
     """Returns a batch of examples of which a cache knows some: what `InversionCache.complete` and the loop need.
 
-    "missing" is the batch that `collate` makes of the others, None where there are none.
+    "known" are the entries of those that `is_known`, "missing" is the batch that `collate` makes of the others, None
+    where there are none.
     """
     missing = [example for example in examples if not example["cached"].is_complete]
+    known = [example["cached"] for example in examples if example["cached"].is_complete]
     return {
         "visits": [example["visit"] for example in examples],
         "rows": [example["row"] for example in examples],
@@ -2113,9 +2142,16 @@ def collate_cached(
         "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
         "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
         "cut_captions": cut_captions(tokenizers, examples),
-        "cached": [example["cached"] for example in examples],
+        "cached": [example["cached"]._replace(entry=None, text=None) for example in examples],
+        "is_known": [example["cached"].is_complete for example in examples],
+        "known": {part: _stack([getattr(cached, part) for cached in known]) for part in ("entry", "text")},
         "missing": collate(missing) if missing else None,
     }
+
+
+def _stack(entries: list[Entry]) -> Entry:
+    """Returns entries as one of a tensor each: a tensor that comes from a worker takes a file descriptor."""
+    return {name: torch.stack([entry[name] for entry in entries]) for name in (entries[0] if entries else ())}
 
 
 # 5  Training

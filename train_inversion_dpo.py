@@ -572,7 +572,7 @@ def open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dt
     )  # fmt: skip
 
 
-def cache_size(args, num_pairs, weight_dtype):
+def cache_size(args, pairs, weight_dtype):
     """Returns the bytes of the full cache, at most: every caption is counted, as if no two were alike."""
     model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
@@ -585,7 +585,8 @@ def cache_size(args, num_pairs, weight_dtype):
     draws_differ = not args.cache_latents or args.random_crop or args.random_flip
     draws = args.cached_timesteps if draws_differ else 1
     kept = 1 if args.cache_latents else 1 + timesteps_per_pair(args)
-    return num_pairs * (draws * (kept * latents + CACHE_OVERHEAD) + text + CACHE_OVERHEAD)
+    captions = min(args.cached_timesteps, pairs.max_captions)
+    return len(pairs) * (draws * (kept * latents + CACHE_OVERHEAD) + captions * (text + CACHE_OVERHEAD))
 
 
 def create_optimizer(args, parameters, visits_per_update):
@@ -661,18 +662,24 @@ def main(argv=None):
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     cache = None
+    if args.inversion_cache_dir and args.dry_run:
+        logger.warning("A dry run has no cache: the seconds that it reports are those of updates without")
     if args.inversion_cache_dir and not args.dry_run:
-        needed, gib = cache_size(args, pairs.num_pairs, weight_dtype), 2**30
+        needed, gib = cache_size(args, pairs, weight_dtype), 2**30
         try:
             cache = open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype)
-            present, free = cache.size(), shutil.disk_usage(args.inversion_cache_dir).free
+            free = shutil.disk_usage(args.inversion_cache_dir).free
         except (OSError, ValueError) as problem:
             error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
-        logger.info(f"The cache takes at most {needed / gib:.2f} GiB when it is full, {present / gib:.2f} are there")
-        if needed - present > free:
+        to_come = needed * (1 - min(1, cache.num_visits() / (len(pairs) * args.cached_timesteps)))
+        logger.info(
+            f"The cache takes at most {needed / gib:.2f} GiB when it is full, {to_come / gib:.2f} are to come; "
+            f"the folder holds {cache.size() / gib:.2f}"
+        )
+        if to_come > free:
             error(
                 f"--inversion_cache_dir {args.inversion_cache_dir} has {free / gib:.2f} GiB free; needed: "
-                f"{(needed - present) / gib:.2f}, less with a lower --cached_timesteps"
+                f"{to_come / gib:.2f}, less with a lower --cached_timesteps"
             )
         train_dataset.cache = cache
 
@@ -859,7 +866,16 @@ def main(argv=None):
             f"{'Filled' if is_filled else 'Stopped filling'} the cache after {time.monotonic() - started:.0f} s: "
             f"{cache.size() / 2**30:.3f} GiB in {args.inversion_cache_dir}"
         )
+        skipped = reasons_of_all_processes()[0]
+        for reason, count in count_by_reason(skipped.values()).items():
+            logger.warning(f"{count} rows were skipped for {reason}")
+        accelerator.wait_for_everyone()  # as at the end of training
         accelerator.end_training()
+        if len(skipped) > args.max_bad_fraction * len(pairs):
+            raise RuntimeError(
+                f"--max_bad_fraction is {args.max_bad_fraction:g}, but {len(skipped)} of {len(pairs)} pairs cannot be "
+                "used; the cache holds the others"
+            )
         if not is_filled:
             sys.exit(128 + (stop.received or signal.SIGTERM))
         return

@@ -17,7 +17,8 @@ loop of their own, on the same models, batches and optimizer, made of the script
 The second is timed, not trained: where policy and reference are equal, as at the start, its gradient is exactly zero.
 Both put winner and loser, conditional and unconditional into one call, as our objectives do.
 
-The cached methods read what the first update has filled, their memory includes text encoder and VAE all the same.
+The cached methods read from the disk what was computed before; their memory includes text encoder and VAE all the
+same.
 
 Two floors tell how much of a step could not be saved. The FLOP floor: the floating-point operations of the model calls
 that a method needs, forward and backward, counted, at the rate that a plain matrix product reaches on this device, in
@@ -83,6 +84,10 @@ CPU_ATTENTION_FLOPS = {
 }  # fmt: skip
 
 
+def default_methods():
+    return [name for name in METHODS if name not in ON_REQUEST]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count = number(int, least=1)
@@ -94,7 +99,7 @@ def parse_args(argv=None):
     add("--rounds", type=count, default=3, help="More: less noise")
     add("--steps", type=count, default=2, help="Measured steps per round and method")
     add(
-        "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name not in ON_REQUEST],
+        "--methods", nargs="+", choices=METHODS, default=default_methods(),
         help="Rows of the table; all but the compiled ones if not given",
     )  # fmt: skip
     add("--inpo_steps", type=count, default=10, help="Calls of the inversion in published_inpo; its authors take 10")
@@ -110,6 +115,11 @@ def parse_args(argv=None):
         parser.error(f"--resolution is {args.resolution}; allowed: multiples of 8, the VAE's factor")
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         parser.error("--mixed_precision fp16 needs a GPU, which this machine does not have; use bf16 or no")
+    if "inversion_dpo, as many nodes" in args.methods and args.inversion_dpo_steps < 4:
+        parser.error(
+            f"--inversion_dpo_steps is {args.inversion_dpo_steps}; allowed: 4 and above, for the targets of "
+            "'inversion_dpo, as many nodes', or leave that out of --methods"
+        )
     if args.output and not Path(args.output).resolve().parent.is_dir():
         parser.error(f"--output {args.output}: no such folder")
     if args.output and Path(args.output).exists():
@@ -317,7 +327,7 @@ class Method(NamedTuple):
     warmup: int = 1
 
 
-CACHED = ["--inversion_cache_dir", "{folder}", "--cached_timesteps", "1"]  # the first update fills it
+CACHED = ["--inversion_cache_dir", "{folder}", "--cached_timesteps", "1"]  # filled beforehand
 ON_REQUEST = ("inpo, compiled",)  # on a CPU compiling takes many minutes
 
 METHODS = {
@@ -338,9 +348,9 @@ METHODS = {
             "1",
         ]
     ),
-    "inpo, cached": Method(["--objective", "inpo", *CACHED], warmup=2),
-    "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED], warmup=2),
-    "diffusion_dpo, cached latents": Method(["--objective", "diffusion_dpo", "--cache_latents", *CACHED], warmup=2),
+    "inpo, cached": Method(["--objective", "inpo", *CACHED]),
+    "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED]),
+    "diffusion_dpo, cached latents": Method(["--objective", "diffusion_dpo", "--cache_latents", *CACHED]),
     "inpo, compiled": Method(["--objective", "inpo", "--compile"], warmup=2),
     "published_inpo": Method([], lambda args: partial(published_inpo, num_steps=args.inpo_steps)),
     "published_inversion_dpo": Method(
@@ -504,7 +514,7 @@ def measure(args, method, folder, flops):
     probe.replace(script, "load_models", load_models)
     probe.replace(script, "load_encoders", lambda script_args, weight_dtype: encoders)
     probe.replace(script, "model_digest", lambda script_args: "random")
-    probe.replace(script, "cache_size", lambda script_args, num_pairs, weight_dtype: 0)
+    probe.replace(script, "cache_size", lambda script_args, pairs, weight_dtype: 0)
     options = [
         "--pretrained_model_name_or_path", "random", "--train_data_dir", folder, "--report_to", "none",
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),
@@ -519,6 +529,8 @@ def measure(args, method, folder, flops):
         if method.rival:
             train_rival(script, options, method.rival(args), probe.end_step)
         else:
+            if "--inversion_cache_dir" in options:  # so that the measured steps read it from the disk
+                script.main([*options, "--precompute_only"])
             script.main(options)
         ends, counts = zip(*probe.step_ends, strict=True)
         seconds = [later - earlier for earlier, later in pairwise(ends[method.warmup - 1 : last])]

@@ -20,7 +20,7 @@ from train_small_world import make_vae
 import train_inversion_dpo
 from inversion_utils import add_lora, tokenize
 
-B, INPO_STEPS, NODES = 2, 3, 2
+B, INPO_STEPS, NODES = 2, 3, 4
 IMAGES = 2 * B
 ABAR = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 HAS_CLEAR_REFS = Path("/proc/self/clear_refs").exists()
@@ -64,19 +64,26 @@ def test_counts_of_calls_are_the_formulas(record):
         "inpo": (n_inpo + 1, m_inpo, m_inpo),
         "inversion_dpo": (n + 1, m, m),
         "inversion_dpo, chunks of 1": (n + 1, 2 * m, m),
+        "inversion_dpo, as many nodes": (NODES + 1, m, m),
+        "inversion_dpo, all nodes": (NODES + 1, 2 * NODES, NODES),
+        "inpo, cached": (0, m_inpo, m_inpo),
+        "inversion_dpo, cached": (0, m, m),
+        "diffusion_dpo, cached latents": (1, 1, 1),
         "published_inpo": (1, INPO_STEPS + 1, 1),
         "published_inversion_dpo": (2 * NODES + 2 * NODES, 2 * NODES, 2 * NODES),  # guidance doubles all of them
     }
     names = ("reference_evaluations", "policy_evaluations", "policy_evaluations_with_gradient")
     found = {method: tuple(row[name] / IMAGES for name in names) for method, row in record["figures"].items()}
-    assert {method: found[method] for method in expected} == expected
+    assert found == expected
     for method, row in record["figures"].items():
-        assert row["calls"][f"encode_images x{IMAGES}"] == 1
-        assert row["calls"][f"encode_prompts x{B}"] == (4 if method == "published_inversion_dpo" else 1)
+        times = 0 if "cached" in method else 1
+        assert row["calls"].get(f"encode_images x{IMAGES}", 0) == times
+        assert row["calls"].get(f"encode_prompts x{B}", 0) == (4 if method == "published_inversion_dpo" else times)
 
 
 def test_the_figures_are_all_there_and_agree(record):
-    assert set(record["figures"]) == set(METHODS) == set(record["methods"])
+    assert set(record["figures"]) == set(benchmark.default_methods()) == set(record["methods"])
+    assert set(METHODS) - set(benchmark.default_methods()) == set(benchmark.ON_REQUEST)
     assert record["model"] == "tiny" and record["device"].startswith("CPU") and "torch" in record["versions"]
     baseline = record["figures"]["diffusion_dpo"]
     for row in record["figures"].values():
@@ -104,7 +111,7 @@ def test_needed_flops_leave_out_what_only_saves_memory(record):
 def test_the_table_has_a_row_for_each_method(record):
     lines = benchmark.table(record["figures"]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert [line.split("|")[1].strip() for line in lines[2:]] == list(METHODS)
+    assert [line.split("|")[1].strip() for line in lines[2:]] == benchmark.default_methods()
 
 
 @pytest.fixture
@@ -335,6 +342,7 @@ def test_sdxl_goes_the_same_way(small_sdxl, tmp_path, monkeypatch):
         (["--steps", "many"], "--steps"),
         (["--inpo_steps", "0"], "--inpo_steps: is 0"),
         (["--inversion_dpo_steps", "-1"], "--inversion_dpo_steps: is -1"),
+        (["--inversion_dpo_steps", "3"], "--inversion_dpo_steps is 3; allowed: 4 and above"),
         (["--methods", "dpo"], "'published_inpo'"),
         (["--mixed_precision", "fp8"], "'bf16'"),
         (["--mixed_precision", "fp16"], "--mixed_precision fp16 needs a GPU"),
