@@ -2027,7 +2027,8 @@ class InversionCache:
 
     def _add(self, key, entry) -> None:
         """Keeps an entry; not what is not finite, which may have been an accident."""
-        if self.is_writable and all(value.isfinite().all() for value in entry.values()):
+        is_finite = all(value.isfinite().all() for value in entry.values())
+        if self.is_writable and is_finite and self.find(key) is None:
             self._pending[key] = entry
             self._pending_bytes += sum(value.nbytes for value in entry.values())
 
@@ -2329,6 +2330,17 @@ def leave_signals_to_the_main_process(worker: int) -> None:
     """A `worker_init_fn`: a signal may reach all processes of a group; workers must last until the update is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def leave_together(accelerator) -> None:
+    """Ends training in all processes at once; the caller has let go of the model that accelerate wrapped.
+
+    A process that takes the group down while another is at work may hang. So may one whose wrapper outlives the group:
+    freed when the interpreter ends, it would join the group's threads while these wait for the interpreter.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def check_lora_targets(unet_config: dict[str, Any], targets: list[str]) -> None:

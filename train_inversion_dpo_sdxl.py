@@ -110,6 +110,7 @@ from inversion_utils import (
     is_zero_lora,
     join_visits,
     leave_signals_to_the_main_process,
+    leave_together,
     load_pairs,
     log_pictures,
     map_condition,
@@ -906,8 +907,8 @@ def main(argv=None):
         skipped = reasons_of_all_processes()[0]
         for reason, count in count_by_reason(skipped.values()).items():
             logger.warning(f"{count} rows were skipped for {reason}")
-        accelerator.wait_for_everyone()  # as at the end of training
-        accelerator.end_training()
+        policy = unet = None  # the wrapper goes before the group of processes
+        leave_together(accelerator)
         if len(skipped) > args.max_bad_fraction * len(pairs):
             raise RuntimeError(
                 f"--max_bad_fraction is {args.max_bad_fraction:g}, but {len(skipped)} of {len(pairs)} pairs cannot be "
@@ -1111,8 +1112,8 @@ def main(argv=None):
                 push_failed = True
             else:
                 logger.info(f"Pushed to {repo_id}")
-    accelerator.wait_for_everyone()  # a process that takes the group down while another is at work may hang
-    accelerator.end_training()
+    policy = unet = None  # the wrapper goes before the group of processes
+    leave_together(accelerator)
     if is_unfinished:
         sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
     if push_failed:

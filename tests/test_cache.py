@@ -1,5 +1,6 @@
 """The inversion cache: what it gives back is what was put in, under a key that says how it was made, or nothing."""
 
+import math
 import os
 import shutil
 import signal
@@ -390,7 +391,8 @@ def test_another_process_s_shards_are_found_and_nothing_is_overwritten(tmp_path)
     assert_same_entry(two.find("k-1"), an_entry(1))
 
 
-def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):
+    """And a full disk ends the keeping, not the training."""
     cache = a_cache(tmp_path)
     cache._add("k-1", an_entry())
 
@@ -398,9 +400,39 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(inversion_utils.os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        cache.flush()
-    assert list(tmp_path.iterdir()) == []
+    cache.flush()
+    cache._add("k-2", an_entry())
+    assert list(tmp_path.iterdir()) == [] and cache.find("k-1") is None and cache.find("k-2") is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"--inversion_cache_dir {tmp_path} cannot be written" in message and "No space left" in message
+
+
+def test_what_is_not_finite_is_not_kept(tmp_path):
+    cache, entry = a_cache(tmp_path), an_entry()
+    cache._add("k-1", {**entry, "x": torch.tensor([1.0, math.nan])})
+    assert cache.find("k-1") is None
+
+
+def test_a_batch_from_a_worker_has_a_tensor_a_field_and_comes_apart_again(tmp_path):
+    """Each tensor from a worker takes a file descriptor, of which a process has few."""
+    cache = a_cache(tmp_path)
+    cached = [
+        inversion_utils.CachedVisit(f"v-{i}", f"t-{i}", an_entry(i), {"e": torch.full((2,), i)}, []) for i in range(9)
+    ]
+    examples = [
+        {"visit": i, "row": str(i), "strength": 1.0, "is_tie": False, "uniforms": torch.zeros(1), "bad_rows": [],
+         "caption": "x", "cached": one}
+        for i, one in enumerate(cached)
+    ]  # fmt: skip
+    tokenizer = type(
+        "Tokens", (), {"model_max_length": 9, "__call__": lambda *a, **k: type("I", (), {"input_ids": [0]})}
+    )
+    batch = inversion_utils.collate_cached(examples, None, [tokenizer()])
+    tensors = [value for part in batch["known"].values() for value in part.values()]
+    assert len(tensors) == len(an_entry()) + 1 and not any(c.entry or c.text for c in batch["cached"])
+    for i, (entry, text) in enumerate(cache.complete(batch, None)):
+        assert_same_entry(entry, an_entry(i))
+        assert text["e"].tolist() == [i, i]
 
 
 def test_every_flipped_bit_is_noticed(tmp_path):
@@ -544,7 +576,8 @@ def test_the_estimate_covers_what_is_written(train, script, family, tmp_path, op
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     args, _ = script.parse_args(words)
     written = sum(shard.stat().st_size for shard in shards(tmp_path / "cache"))
-    size = script.cache_size(args, 8, torch.float32)
+    pairs = type("Pairs", (), {"__len__": lambda self: 8, "max_captions": 1})()
+    size = script.cache_size(args, pairs, torch.float32)
     texts = 8 * 4 * 77 * (40 if "sdxl" in script.__name__ else 16)
     assert written <= size < 1.25 * (written + texts)
 
