@@ -47,7 +47,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -499,6 +499,14 @@ class Choice(NamedTuple):
     is_tie: bool = False
 
 
+class RowPairs(NamedTuple):
+    """The pairs of a row that are trained on, and the number of ties, left out or not, and of captions."""
+
+    choices: list[Choice]
+    num_ties: int
+    num_captions: int
+
+
 class BadRow(Exception):
     """A data row that cannot become a training example. The message is "reason" or "reason: details"."""
 
@@ -510,6 +518,11 @@ class NoUsablePair(RuntimeError):
 def count_by_reason(reasons: Iterable[str]) -> Counter:
     """Returns how often each reason occurs in messages of `BadRow`."""
     return Counter(reason.partition(": ")[0] for reason in reasons)
+
+
+def list_reasons(reasons: Iterable[str]) -> str:
+    """Returns what `count_by_reason` counts, in words."""
+    return ", ".join(f"{count} with {reason}" for reason, count in count_by_reason(reasons).items())
 
 
 def exceeds(num_bad: float, fraction: float, num_rows: float) -> bool:
@@ -600,6 +613,12 @@ class PairColumns:
             return "groups"
         return "scores" if self.score_0_column else "labels"
 
+    @cached_property
+    def meanings(self) -> dict[str, float]:
+        """What labels mean, by `label_key`. With a map nothing else is understood, lest one that does not fit be
+        ignored."""
+        return LABEL_MEANINGS if self.label_map is None else dict(self.label_map)
+
     def image_columns(self) -> dict[str, str]:
         """Returns the columns of images by their options."""
         if self.shape == "winners":
@@ -641,9 +660,8 @@ class PairColumns:
         feature = feature_at("--label_column", self.label_column, features)
         if not hasattr(feature, "int2str"):
             return self
-        meanings = LABEL_MEANINGS if self.label_map is None else dict(self.label_map)
         keys = [label_key(name) for name in feature.names]
-        numbers = [[label_key(i), meanings[key]] for i, key in enumerate(keys) if key in meanings]
+        numbers = [[label_key(i), self.meanings[key]] for i, key in enumerate(keys) if key in self.meanings]
         if not numbers:
             raise ValueError(
                 f"--label_column {self.label_column} holds the names {', '.join(feature.names)[:200]}; say by "
@@ -688,15 +706,27 @@ class PairColumns:
             for winner, loser, margin in margins
         ]
 
+    def pairs_of(self, row: dict[str, Any], lacks_image: bool) -> "RowPairs":
+        """Returns what a row gives to train on; looks at no image.
+
+        Raises:
+            BadRow: if it lacks an image, has no caption, or no valid label or score.
+        """
+        if lacks_image:
+            raise BadRow("no image")
+        num_captions, choices = len(self.captions(row)), self.choices(row)
+        num_ties = sum(choice.is_tie for choice in choices)
+        if num_ties and self.tie_policy == "drop":
+            choices = [choice for choice in choices if not choice.is_tie]
+        return RowPairs(choices, num_ties, num_captions)
+
     def _label(self, label: Any) -> float:
         if label is None or label != label:
             raise BadRow("no label")
-        # With a map nothing else is understood, lest one that does not fit be ignored.
-        meanings = LABEL_MEANINGS if self.label_map is None else dict(self.label_map)
-        if (key := label_key(label)) not in meanings:
+        if (key := label_key(label)) not in self.meanings:
             known = "none of 0, 0.5, 1" if self.label_map is None else "not named by --label_map"
             raise BadRow(f"label not understood: --label_column {self.label_column} holds {label!r:.80}, {known}")
-        return meanings[key]
+        return self.meanings[key]
 
     def scores(self, row: dict[str, Any]) -> list[float]:
         """Returns the score of each image, NaN for one that has none; for rows of scores or groups."""
@@ -803,6 +833,9 @@ def as_text(value: Any) -> str:
     return "" if value is None or value != value else str(value).strip()
 
 
+SHUFFLE_BUFFER_SIZE = 256
+
+
 def add_data_options(add: Callable[..., Any]) -> None:
     """Adds the options that say where preference pairs are and how they are read; `check_data_options` checks them."""
     defaults = PairColumns()
@@ -813,7 +846,7 @@ def add_data_options(add: Callable[..., Any]) -> None:
     add("--train_data_dir", help="instead of a name: a folder of parquet or arrow files, of save_to_disk, of JSONL or "
         "CSV with image paths, an image folder with metadata, folders of equal file names; or one such file")
     add("--streaming", action="store_true", help="read the data from beginning to end without a copy on the disk")
-    add("--shuffle_buffer_size", type=number(int, least=1), default=256,
+    add("--shuffle_buffer_size", type=number(int, least=1), default=SHUFFLE_BUFFER_SIZE,
         help="rows of a stream that are mixed at a time; more mix better and take memory")
     add("--image_0_column", default=defaults.image_0_column,
         help="column of the first image: encoded bytes, paths, images or base64")
@@ -903,7 +936,7 @@ def check_data_options(args: argparse.Namespace, error: Callable[[str], None]) -
             column == "" or spec or conversion for _, column, spec, conversion in pieces
         ):
             error(f"--caption_template is {args.caption_template!r}; allowed: text with columns in braces")
-    if not args.streaming and args.shuffle_buffer_size != 256:
+    if not args.streaming and args.shuffle_buffer_size != SHUFFLE_BUFFER_SIZE:
         error("--shuffle_buffer_size goes with --streaming")
 
 
@@ -1136,7 +1169,7 @@ def load_pairs(args: argparse.Namespace, in_order: bool = False) -> "PreferenceP
     if in_order and not args.streaming:
         source = source._replace(rows=source.rows.to_iterable_dataset())
     if args.streaming or in_order:
-        return StreamedPairs(source, columns, 1 if in_order else args.shuffle_buffer_size, args.max_train_samples)
+        return StreamedPairs(source, columns, args.shuffle_buffer_size, args.max_train_samples)
     return PreferencePairs(source, columns, args.max_train_samples, args.max_bad_fraction)
 
 
@@ -1187,20 +1220,15 @@ class PreferencePairs:
                 if max_pairs is not None and len(kept) >= max_pairs:
                     break
                 try:
-                    if any(is_missing[place] for is_missing in are_missing):
-                        raise BadRow("no image")
-                    self.max_captions = max(self.max_captions, len(columns.captions(row)))
-                    choices = columns.choices(row)
+                    found = columns.pairs_of(row, any(is_missing[place] for is_missing in are_missing))
                 except BadRow as error:
                     reason = str(error).partition(": ")[0]
                     self.bad[reason] += 1
                     self.first_bad.setdefault(reason, f"row {self.num_rows}, {error}")
-                    choices = []
-                ties = sum(choice.is_tie for choice in choices)
-                self.num_ties += ties
-                if ties and columns.tie_policy == "drop":
-                    choices = [choice for choice in choices if not choice.is_tie]
-                kept += [(self.num_rows, *choice) for choice in choices]
+                else:
+                    self.num_ties += found.num_ties
+                    self.max_captions = max(self.max_captions, found.num_captions)
+                    kept += [(self.num_rows, *choice) for choice in found.choices]
                 self.num_rows += 1
         self.kept = np.array(kept[:max_pairs], dtype=[("row", "i8"), ("winner", "i4"), ("loser", "i4"),
                                                       ("margin", "f8"), ("is_tie", "?")])  # fmt: skip
@@ -1328,7 +1356,7 @@ class StreamedPairs:
 
     def in_order(self) -> Iterator[StreamedPair]:
         """Yields the pairs once, in the order of the stream; `self.seen` tells what its rows held, block by block."""
-        for block in self._blocks(None, is_endless=False):
+        for block in self._blocks(None, buffer_size=1, is_endless=False):
             yield from block.items
 
     def first_wins(self, items: list[StreamedPair]) -> list[bool]:
@@ -1341,7 +1369,9 @@ class StreamedPairs:
         """Returns the batch sampler of a process, from the `StreamBatches.position` of a visit on."""
         return StreamBatches(self, batch_size, seed, visit, position, process_index, num_processes)
 
-    def _blocks(self, position: dict[str, Any] | None, is_endless: bool = True) -> Iterator["StreamBlock"]:
+    def _blocks(
+        self, position: dict[str, Any] | None, buffer_size: int, is_endless: bool = True
+    ) -> Iterator["StreamBlock"]:
         """Yields the blocks of the stream, from a block's position on."""
         position = position or {"first_visit": 0, "row": 0, "pairs": 0, "state": None, "bad_rows": []}
         rows = pickle.loads(self.rows)  # with a place of its own in the stream
@@ -1354,22 +1384,18 @@ class StreamedPairs:
             for row in _read_stream(rows, row_number):
                 name = f"row {row_number}"
                 row_number, num_rows = row_number + 1, num_rows + 1
+                lacks_image = any(value_at(row, path) is None for path in self.columns.image_columns().values())
                 try:
-                    if any(value_at(row, path) is None for path in self.columns.image_columns().values()):
-                        raise BadRow("no image")
-                    self.columns.captions(row)
-                    choices = self.columns.choices(row)
+                    found = self.columns.pairs_of(row, lacks_image)
                 except BadRow as error:
                     bad_rows.append((name, str(error)))
                     continue
-                num_ties += sum(choice.is_tie for choice in choices)
-                if self.columns.tie_policy == "drop":
-                    choices = [choice for choice in choices if not choice.is_tie]
-                room = len(choices) if self.max_pairs is None else self.max_pairs - num_pairs
-                for choice in choices[:room]:
+                num_ties += found.num_ties
+                room = None if self.max_pairs is None else self.max_pairs - num_pairs
+                for choice in found.choices[:room]:
                     items.append(StreamedPair(name, row, choice, bad_rows))
                     bad_rows, num_pairs = [], num_pairs + 1
-                if num_rows >= self.buffer_size and items:
+                if num_rows >= buffer_size and items:
                     self.seen = StreamCounts(row_number, num_ties, bad_rows)
                     yield StreamBlock(position, items)
                     position = {
@@ -1386,9 +1412,8 @@ class StreamedPairs:
             if items:
                 yield StreamBlock(position, items)
             elif num_pairs == 0:
-                reasons = count_by_reason(reason for _, reason in bad_rows)
-                found = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
-                raise ValueError(f"no pair is left of {row_number} rows of the stream" + (found and f"; {found}"))
+                reasons = list_reasons(reason for _, reason in bad_rows)
+                raise ValueError(f"no pair is left of {row_number} rows of the stream" + (reasons and f"; {reasons}"))
             if not is_endless:
                 return
             position = {
@@ -1457,7 +1482,7 @@ class StreamBatches:
                 batch = []
 
     def _visits(self) -> Iterator[tuple[int, StreamedPair]]:
-        blocks = self.pairs._blocks(self.start)
+        blocks = self.pairs._blocks(self.start, self.pairs.buffer_size)
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(next, blocks)
             while True:
@@ -2989,10 +3014,9 @@ def inspect_pairs(
             ": its column tells who wins, is that meant?" if is_biased else ""
         )
     if exceeds(len(unusable), max_bad_fraction, num_rows):
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in count_by_reason(unusable).items())
         report["problem"] = (
             f"--max_bad_fraction is {max_bad_fraction:g}, but of {num_rows} rows looked at {len(unusable)} cannot be "
-            f"used: {reasons}"
+            f"used: {list_reasons(unusable)}"
         )
     return report
 

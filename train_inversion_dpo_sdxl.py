@@ -111,6 +111,7 @@ from inversion_utils import (
     join_visits,
     leave_signals_to_the_main_process,
     leave_together,
+    list_reasons,
     load_pairs,
     log_pictures,
     map_condition,
@@ -876,6 +877,13 @@ def main(argv=None):
     def reasons_of_all_processes():
         return [dict(gather_object(list(log.reasons.items()))) for log in (bad_rows, long_captions)]
 
+    def warn_of_skipped(reasons):
+        """Returns how many rows were skipped for each reason, and says so."""
+        skipped = count_by_reason(reasons.values())
+        for reason, count in skipped.items():
+            logger.warning(f"{count} rows were skipped for {reason}")
+        return skipped
+
     validation = None
     if args.validation_prompts and accelerator.is_main_process and not args.dry_run:
         sampling = {
@@ -905,8 +913,7 @@ def main(argv=None):
             f"{cache.size() / 2**30:.3f} GiB in {args.inversion_cache_dir}"
         )
         skipped = reasons_of_all_processes()[0]
-        for reason, count in count_by_reason(skipped.values()).items():
-            logger.warning(f"{count} rows were skipped for {reason}")
+        warn_of_skipped(skipped)
         policy = unet = None  # the wrapper goes before the group of processes
         leave_together(accelerator)
         if len(skipped) > args.max_bad_fraction * len(pairs):
@@ -1021,12 +1028,11 @@ def main(argv=None):
                 f"as they were before. Try {remedy}"
             )
         if exceeds(num_bad_rows, args.max_bad_fraction, visit - first_visit + num_bad_rows):
-            reasons = count_by_reason(reasons_of_all_processes()[0].values())
-            counts = ", ".join(f"{count} with {reason}" for reason, count in reasons.items())
+            reasons = list_reasons(reasons_of_all_processes()[0].values())
             num_rows = round(visit - first_visit + num_bad_rows)
             raise RuntimeError(
                 f"--max_bad_fraction is {args.max_bad_fraction:g}, but of {num_rows} rows read so far clearly more "
-                f"cannot be used: {counts}"
+                f"cannot be used: {reasons}"
             )
         if good_steps == 10 and is_zero_lora(base):
             raise RuntimeError(
@@ -1052,9 +1058,7 @@ def main(argv=None):
     stop.restore()
     is_unfinished, push_failed = is_stopping and step < last_step, False
     skipped, cut = reasons_of_all_processes()
-    skipped = dict(count_by_reason(skipped.values()))
-    for reason, count in skipped.items():
-        logger.warning(f"{count} rows were skipped for {reason}")
+    skipped = warn_of_skipped(skipped)
     if cut:
         logger.warning(f"{len(cut)} captions were longer than what is read")
     if bad_steps:
