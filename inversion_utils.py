@@ -1787,10 +1787,12 @@ class RowLog:
 # 4  Inversion cache
 
 CACHE_FORMAT = 1  # part of every key: to be raised when what an entry holds, or how it is computed, changes
+SHARDS = "cache-*.safetensors"
 SHARD_BYTES = 64 * 2**20
 CACHE_OVERHEAD = 2**10  # bytes of an entry's names, shapes and checksum, at most
 SAMPLED_BYTES, SAMPLE_STRIDE = 2**12, 2**20  # of a large file: so many bytes at every so many
 MAX_HEADERS = 16  # of shards, kept in memory
+PARTIAL_SECONDS = 24 * 3600  # after which a shard that is not whole is no longer being written
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "BOOL": torch.bool,
@@ -1962,6 +1964,10 @@ class InversionCache:
         self._pending, self._pending_bytes, self.is_writable = {}, 0, True
         self.folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()
+        for stale in self.folder.glob("cache-*.partial"):  # of a run that was killed while writing
+            with contextlib.suppress(FileNotFoundError):  # another process may do the same
+                if time.time() - stale.stat().st_mtime > PARTIAL_SECONDS:
+                    stale.unlink()
         self._refresh()
 
     def look_up(self, pair: Pair, caption: str, crop, flip: bool, uniforms: torch.Tensor) -> CachedVisit:
@@ -2044,7 +2050,7 @@ class InversionCache:
 
     def size(self) -> int:
         """Returns the bytes of all shards in the folder."""
-        return sum(file.stat().st_size for file in self._shards)
+        return sum(file.stat().st_size for file in self.folder.glob(SHARDS))
 
     def num_visits(self) -> int:
         """Returns how many visits with these settings have an entry, of these data or others."""
@@ -2065,10 +2071,12 @@ class InversionCache:
         return _read_entry(file, key, *self._headers[file])
 
     def _refresh(self) -> None:
+        if not self.folder.exists():  # deleted since: all is missing, and `flush` says that nothing can be written
+            return
         changed = self.folder.stat().st_mtime_ns
         if changed == self._listed:
             return
-        for file in sorted(set(self.folder.glob("cache-*.safetensors")) - self._shards):
+        for file in sorted(set(self.folder.glob(SHARDS)) - self._shards):
             self._shards.add(file)
             try:
                 self._index.update(dict.fromkeys(_read_header(file)[0], file))
@@ -2191,8 +2199,9 @@ LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 def check_launcher(environment: Mapping[str, str]) -> None:
     """Raises ValueError if accelerate was told to shard the model; to be asked before it starts doing so.
 
-    DeepSpeed steps the optimizer within the backward pass, so that chunks of a trajectory cannot be summed up and a
-    bad update cannot be skipped. FSDP gathers weights in its wrapper only, beside which the reference is called.
+    Under accelerate, DeepSpeed steps the optimizer within the backward pass, so that chunks of a trajectory cannot be
+    summed up and a bad update cannot be skipped. With FSDP every call of the U-Net is one of all processes together,
+    while here one that misses entries of a cache, or draws validation pictures, makes calls that the others do not.
     """
     from accelerate.utils import str_to_bool
 

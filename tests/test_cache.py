@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
@@ -405,6 +406,38 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):
     assert list(tmp_path.iterdir()) == [] and cache.find("k-1") is None and cache.find("k-2") is None
     (message,) = [record.getMessage() for record in caplog.records]
     assert f"--inversion_cache_dir {tmp_path} cannot be written" in message and "No space left" in message
+
+
+def test_what_a_killed_run_was_writing_goes_after_a_day(tmp_path):
+    old, young = tmp_path / "cache-1.partial", tmp_path / "cache-2.partial"
+    for file, age in ((old, 25 * 3600), (young, 3600)):
+        file.write_bytes(b"half a shard")
+        os.utime(file, (time.time() - age, time.time() - age))
+    (tmp_path / "other.partial").touch()
+    os.utime(tmp_path / "other.partial", (0, 0))
+    a_cache(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [young.name, "other.partial"]
+
+
+@both_families
+def test_a_folder_deleted_while_training_costs_the_cache_and_nothing_else(
+    train, script, family, tmp_path, monkeypatch, caplog
+):
+    options = {**family, "max_train_steps": 4, "learning_rate": 1e-3, "cached_timesteps": 1}
+    kept = train("kept", inversion_cache_dir=tmp_path / "kept-cache", **options)
+    calls, join = [], script.join_visits
+
+    def join_without_folder(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            shutil.rmtree(tmp_path / "cache")
+        return join(*args)
+
+    monkeypatch.setattr(script, "join_visits", join_without_folder)
+    train("filling", inversion_cache_dir=tmp_path / "cache", **options | {"max_train_steps": 2})
+    deleted = train("deleted", inversion_cache_dir=tmp_path / "cache", **options)
+    assert_same(lora(deleted), lora(kept), atol=ANOTHER_BATCH)
+    assert f"--inversion_cache_dir {tmp_path / 'cache'} cannot be written" in caplog.text
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path):
