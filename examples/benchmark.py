@@ -17,8 +17,7 @@ loop of their own, on the same models, batches and optimizer, made of the script
 The second is timed, not trained: where policy and reference are equal, as at the start, its gradient is exactly zero.
 Both put winner and loser, conditional and unconditional into one call, as our objectives do.
 
-The cached methods read from the disk what was computed before; their memory includes text encoder and VAE all the
-same.
+The cached methods read from the disk what was computed before, and have neither text encoder nor VAE in memory.
 
 Two floors tell how much of a step could not be saved. The FLOP floor: the floating-point operations of the model calls
 that a method needs, forward and backward, counted, at the rate that a plain matrix product reaches on this device, in
@@ -502,21 +501,18 @@ def measure(args, method, folder, flops):
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     probe.replace(script, "load_noise_scheduler", lambda script_args: scheduler)
     probe.replace(script, "load_model_index", lambda script_args: {})
-    encoders = []  # which a cache loads when it misses something
 
     def load_models(script_args, weight_dtype):
         tokenizers, text_encoders, vae, unet = build_models(args.model, weight_dtype)
-        if script_args.inversion_cache_dir:
-            encoders[:] = text_encoders, vae
-            text_encoders = vae = None
+        if script_args.inversion_cache_dir and not script_args.precompute_only:
+            text_encoders, vae = (), None  # as in the script; all is in the cache
         return tokenizers, text_encoders, vae, unet
 
     probe.replace(script, "load_models", load_models)
-    probe.replace(script, "load_encoders", lambda script_args, weight_dtype: encoders)
     probe.replace(script, "model_digest", lambda script_args: "random")
     probe.replace(script, "cache_size", lambda script_args, pairs, weight_dtype: 0)
     options = [
-        "--pretrained_model_name_or_path", "random", "--train_data_dir", folder, "--report_to", "none",
+        "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--report_to", "none",
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),
         "--train_batch_size", str(args.train_batch_size), "--max_train_steps", str(last + 1),
         "--checkpointing_steps", str(last + 1), "--mixed_precision", args.mixed_precision,
@@ -531,6 +527,8 @@ def measure(args, method, folder, flops):
         else:
             if "--inversion_cache_dir" in options:  # so that the measured steps read it from the disk
                 script.main([*options, "--precompute_only"])
+                probe.repeats.clear()  # they keep the models of that run
+                gc.collect()
             script.main(options)
         ends, counts = zip(*probe.step_ends, strict=True)
         seconds = [later - earlier for earlier, later in pairwise(ends[method.warmup - 1 : last])]

@@ -1,8 +1,10 @@
 """The benchmark: its counts are the formulas', its rivals compute what was published, its figures are all there."""
 
+import gc
 import json
 import math
 import time
+import weakref
 from pathlib import Path
 
 import benchmark
@@ -269,6 +271,27 @@ def test_a_method_gets_its_own_folder_and_warm_up(tmp_path, monkeypatch):
     assert first["--max_train_steps"] == "8"  # one more than measured, whose parts are timed
     assert first["--logging_dir"] != second["--logging_dir"]
     assert Path(first["--logging_dir"]).parent.parent == tmp_path
+
+
+@has_clear_refs
+def test_the_memory_of_a_cached_method_is_that_of_its_u_net_alone(tmp_path, monkeypatch):
+    """Neither the run that filled the cache nor the models that encoded are still there when the peak is measured."""
+    made, alive = [], []
+
+    def build_models(*args):
+        models = real_build_models(*args)
+        made.extend(map(weakref.ref, (*models[1], *models[2:])))
+        return models
+
+    def reset_peak_memory():
+        gc.collect()
+        alive.append([type(model()).__name__ for model in made if model() is not None])
+
+    real_build_models = benchmark.build_models
+    monkeypatch.setattr(benchmark, "build_models", build_models)
+    monkeypatch.setattr(benchmark, "reset_peak_memory", reset_peak_memory)
+    run(tmp_path, "--methods", "diffusion_dpo", "inpo, cached")
+    assert alive == [["CLIPTextModel", "AutoencoderKL", "UNet2DConditionModel"], ["UNet2DConditionModel"]]
 
 
 @pytest.fixture
