@@ -700,10 +700,8 @@ def main(argv=None):
     set_seed(args.seed)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-    cache = None
-    if args.inversion_cache_dir and args.dry_run:
-        logger.warning("A dry run has no cache: the seconds that it reports are those of updates without")
-    if args.inversion_cache_dir and not args.dry_run:
+    cache, report = None, {}
+    if args.inversion_cache_dir:
         needed, gib = cache_size(args, pairs, weight_dtype), 2**30
         try:
             cache = open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype)
@@ -720,6 +718,14 @@ def main(argv=None):
                 f"--inversion_cache_dir {args.inversion_cache_dir} has {free / gib:.2f} GiB free; needed: "
                 f"{to_come / gib:.2f}, less with a lower --cached_timesteps"
             )
+        if args.dry_run:
+            logger.warning(
+                "A dry run computes what the cache would give: its seconds are those of updates without one"
+            )
+            cache = None
+            if accelerator.is_main_process:
+                sizes = {"GiB at most": needed / gib, "GiB to come": to_come / gib, "GiB free": free / gib}
+                report_dry_run(args.output_dir, report, cache=sizes)
         train_dataset.cache = cache
 
     try:
@@ -930,7 +936,7 @@ def main(argv=None):
         f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
         f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
-    last_step, times, report = max_train_steps, [], {}
+    last_step, times = max_train_steps, []
     if args.dry_run:
         last_step = step + DRY_RUN_UPDATES
         if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """The inversion cache: what it gives back is what was put in, under a key that says how it was made, or nothing."""
 
+import json
 import math
 import os
 import shutil
@@ -592,9 +593,10 @@ def test_combinations_that_are_refused(refused, no_models, tmp_path, options, na
     assert all(text in message for text in named), message
 
 
-def test_a_disk_without_room_is_refused(refused, no_models, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"dry_run": True}], ids=str)
+def test_a_disk_without_room_is_refused(refused, no_models, script, tmp_path, monkeypatch, options):
     monkeypatch.setattr(script.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    message = refused(inversion_cache_dir=tmp_path / "cache")
+    message = refused(inversion_cache_dir=tmp_path / "cache", **options)
     assert "has 0.00 GiB free" in message and "--cached_timesteps" in message
 
 
@@ -613,6 +615,18 @@ def test_the_estimate_covers_what_is_written(train, script, family, tmp_path, op
     size = script.cache_size(args, pairs, torch.float32)
     texts = 8 * 4 * 77 * (40 if "sdxl" in script.__name__ else 16)
     assert written <= size < 1.25 * (written + texts)
+
+
+def test_a_dry_run_says_the_size_and_leaves_the_cache_as_it_is(train, calls, tmp_path):
+    cache = tmp_path / "cache"
+    train("filled", inversion_cache_dir=cache, max_train_steps=1)
+    before, options = {file.name: file.read_bytes() for file in cache.iterdir()}, {"max_train_steps": 9}
+    reset(calls)
+    output_dir = train("dry", inversion_cache_dir=cache, dry_run=True, **options)
+    assert {file.name: file.read_bytes() for file in cache.iterdir()} == before
+    report = json.loads((output_dir / inversion_utils.DRY_RUN_FILE).read_text())
+    assert 0 < report["cache"]["GiB to come"] < report["cache"]["GiB at most"] < report["cache"]["GiB free"]
+    assert calls["invert"] > 0 and report["training"]["updates"] == 9
 
 
 # Conversion
