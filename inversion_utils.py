@@ -1787,11 +1787,11 @@ class RowLog:
 # 4  Inversion cache
 
 CACHE_FORMAT = 1  # part of every key: to be raised when what an entry holds, or how it is computed, changes
+GIB = 2**30
 SHARDS = "cache-*.safetensors"
 SHARD_BYTES = 64 * 2**20
 CACHE_OVERHEAD = 2**10  # bytes of an entry's names, shapes and checksum, at most
 SAMPLED_BYTES, SAMPLE_STRIDE = 2**12, 2**20  # of a large file: so many bytes at every so many
-MAX_HEADERS = 16  # of shards, kept in memory
 PARTIAL_SECONDS = 24 * 3600  # after which a shard that is not whole is no longer being written
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -1836,6 +1836,27 @@ class CachedVisit(NamedTuple):
     @property
     def is_complete(self) -> bool:
         return self.entry is not None and self.text is not None
+
+
+class Place(NamedTuple):
+    """Where an entry lies.
+
+    Attributes:
+        file: the shard.
+        checksum: of the entry.
+        begins: the first byte of each of its tensors in the file.
+        layout: name, dtype and shape of each of them; one object for the entries of a shard that are alike.
+    """
+
+    file: Path
+    checksum: str
+    begins: tuple[int, ...]
+    layout: tuple[tuple[str, str, tuple[int, ...]], ...]
+
+
+def is_usable(entry: Entry) -> bool:
+    """Returns whether a visit's latents are finite, see `finite_pairs`; a caption's entry always is usable."""
+    return "usable" not in entry or bool(entry["usable"].all())
 
 
 def digest(*parts: Any, size: int = 16) -> str:
@@ -1959,13 +1980,12 @@ class InversionCache:
             for settings in (text_settings, visit_settings)
         )
         self.damaged = {}  # file name -> what is wrong
-        self._shards, self._index = set(), {}  # files that were listed; key -> file
-        self._headers, self._listed = {}, None  # of the shards last read; when the folder was
+        self._shards, self._index, self._listed = set(), {}, None  # files that were listed; key -> place; when
         self._pending, self._pending_bytes, self.is_writable = {}, 0, True
         self.folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.folder).close()
         for stale in self.folder.glob("cache-*.partial"):  # of a run that was killed while writing
-            with contextlib.suppress(FileNotFoundError):  # another process may do the same
+            with contextlib.suppress(OSError):  # another process may do the same, or it may be another user's
                 if time.time() - stale.stat().st_mtime > PARTIAL_SECONDS:
                     stale.unlink()
         self._refresh()
@@ -2012,9 +2032,9 @@ class InversionCache:
             self._refresh()  # another process may have written it
         if key in self._index:
             try:
-                return self._read(self._index[key], key)
+                return _read_entry(key, self._index[key])
             except (OSError, ValueError) as error:
-                self.damaged.setdefault(self._index.pop(key).name, one_line(error))
+                self.damaged.setdefault(self._index.pop(key).file.name, one_line(error))
         return None
 
     def flush(self) -> None:
@@ -2057,18 +2077,11 @@ class InversionCache:
         return sum(key.startswith(self.prefix) for key in self._index)
 
     def _add(self, key, entry) -> None:
-        """Keeps an entry; not what is not finite, which may have been an accident."""
-        is_finite = all(value.isfinite().all() for value in entry.values())
-        if self.is_writable and is_finite and self.find(key) is None:
+        """Keeps an entry; not what is not finite or not usable, which may have been an accident."""
+        is_sound = all(value.isfinite().all() for value in entry.values()) and is_usable(entry)
+        if self.is_writable and is_sound and self.find(key) is None:
             self._pending[key] = entry
             self._pending_bytes += sum(value.nbytes for value in entry.values())
-
-    def _read(self, file, key) -> Entry:
-        if file not in self._headers:
-            if len(self._headers) == MAX_HEADERS:
-                self._headers.clear()
-            self._headers[file] = _read_header(file)
-        return _read_entry(file, key, *self._headers[file])
 
     def _refresh(self) -> None:
         if not self.folder.exists():  # deleted since: all is missing, and `flush` says that nothing can be written
@@ -2079,7 +2092,7 @@ class InversionCache:
         for file in sorted(set(self.folder.glob(SHARDS)) - self._shards):
             self._shards.add(file)
             try:
-                self._index.update(dict.fromkeys(_read_header(file)[0], file))
+                self._index.update(_read_header(file))
             except (OSError, ValueError) as error:
                 self.damaged[file.name] = one_line(error)
         self._listed = changed
@@ -2092,8 +2105,8 @@ def _checksum(key: str, entry: Entry) -> str:
     return digest(key, *parts)
 
 
-def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]], int]:
-    """Returns a shard's checksum per entry, its safetensors header per entry and name, and where its data begin.
+def _read_header(file: Path) -> dict[str, Place]:
+    """Returns where each entry of a shard lies, by its key.
 
     Raises:
         ValueError: if the file is not whole, or its header is not.
@@ -2103,37 +2116,46 @@ def _read_header(file: Path) -> tuple[dict[str, str], dict[str, dict[str, Any]],
         if length > size:
             raise ValueError("the file is cut short or its header is damaged")
         header = json.loads(stream.read(length))
-    entries, end = {}, 0
+    start, end, found, layouts = 8 + length, 0, {}, {}
     try:
         checksums = header.pop("__metadata__")
         for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             key, part = name.split("/")
-            entries.setdefault(key, {})[part] = tensor
-            gap, end = tensor["data_offsets"][0] - end, tensor["data_offsets"][1]
-            if gap or tensor["dtype"] not in DTYPES:
+            dtype, shape, (begin, after) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
+            if after - begin != num_bytes(dtype, shape):
                 raise ValueError("its header is damaged")
+            found.setdefault(key, []).append((start + begin, (part, dtype, shape)))
+            end = after
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"its header is damaged ({error!r})") from error
-    if entries.keys() != checksums.keys():
+    if found.keys() != checksums.keys():
         raise ValueError("its header is damaged")
-    if size != 8 + length + end:
-        raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
-    return checksums, entries, 8 + length
+    if size != start + end:
+        raise ValueError(f"it has {size} bytes instead of {start + end}")
+    places = {}
+    for key, tensors in found.items():
+        begins, layout = zip(*tensors, strict=True)
+        places[key] = Place(file, checksums[key], begins, layouts.setdefault(layout, layout))
+    return places
 
 
-def _read_entry(file, key, checksums, entries, start) -> Entry:
+def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Returns the bytes of a tensor, by safetensors' name of its dtype."""
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+def _read_entry(key: str, place: Place) -> Entry:
     """Returns an entry of a shard; raises ValueError or OSError if it is not what was written."""
     entry = {}
     try:
-        with file.open("rb") as stream:
-            for name, tensor in entries[key].items():
-                begin, end = tensor["data_offsets"]
-                stream.seek(start + begin)
-                data = torch.frombuffer(bytearray(stream.read(end - begin)), dtype=DTYPES[tensor["dtype"]])
-                entry[name] = data.view(tensor["shape"])
-    except (KeyError, RuntimeError, TypeError) as error:
+        with place.file.open("rb") as stream:
+            for begin, (name, dtype, shape) in zip(place.begins, place.layout, strict=True):
+                stream.seek(begin)
+                data = bytearray(stream.read(num_bytes(dtype, shape)))
+                entry[name] = torch.frombuffer(data, dtype=DTYPES[dtype]).view(shape)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"an entry is damaged: {error}") from error
-    if _checksum(key, entry) != checksums[key]:
+    if _checksum(key, entry) != place.checksum:
         raise ValueError("the checksum of an entry is wrong")
     return entry
 
@@ -2144,17 +2166,30 @@ def fill_cache(cache, batches: Iterator, compute: Callable, on_batch: Callable, 
     Args:
         batches: as many in every process.
         compute: see `InversionCache.complete`.
-        on_batch: called with each batch.
+        on_batch: called with each batch and, of each of its visits, whether it is usable.
         stop: a `StopSignal`; one process's ends all.
+
+    Raises:
+        RuntimeError: in all processes, once one of them cannot write to the folder.
     """
-    is_stopping = False
+
+    def state():
+        """Returns whether a process was told to stop, and whether one cannot write."""
+        flags = torch.tensor([stop.received > 0, not cache.is_writable], device=accelerator.device)
+        return (accelerator.reduce(flags.float()) > 0).tolist()
+
     for batch in batches:
-        on_batch(batch)
-        cache.complete(batch, compute)
-        is_stopping = accelerator.reduce(torch.tensor(float(stop.received > 0), device=accelerator.device)).item() > 0
-        if is_stopping:
+        completed = cache.complete(batch, compute)
+        on_batch(batch, [is_usable(entry) for entry, _ in completed])
+        if any(state()):
             break
     cache.flush()
+    is_stopping, is_full = state()
+    if is_full:
+        raise RuntimeError(
+            f"--inversion_cache_dir {cache.folder} cannot be written any more and holds a part of the cache, "
+            f"{cache.size() / GIB:.3f} GiB; make room, and go on with the same command"
+        )
     return not is_stopping
 
 
@@ -2205,11 +2240,11 @@ def check_launcher(environment: Mapping[str, str]) -> None:
     """
     from accelerate.utils import str_to_bool
 
-    for name in ("DeepSpeed", "FSDP", "Megatron_LM"):
+    for name in ("DeepSpeed", "FSDP", "Megatron_LM", "Parallelism_config"):
         if str_to_bool(environment.get(f"ACCELERATE_USE_{name.upper()}", "false")):
             raise ValueError(
-                f"{name} is not supported, and would save little: gradients and optimizer are the LoRA's alone. "
-                "Launch with accelerate's MULTI_GPU (examples/ddp.yaml); for memory, see --quantize_base and --offload"
+                f"{name} is not supported: launch with accelerate's MULTI_GPU (examples/ddp.yaml); for memory, see "
+                "--quantize_base and --offload"
             )
 
 
@@ -3123,7 +3158,7 @@ def reconstruction_errors(
 def peak_memory() -> str:
     """Returns the most memory that was in use so far: of the GPU by tensors, or else of the process."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU's memory in tensors, CUDA not counted"
+        return f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB of the GPU's memory in tensors, CUDA not counted"
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS

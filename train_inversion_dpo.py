@@ -60,6 +60,7 @@ from inversion_utils import (
     CACHE_OVERHEAD,
     CONTACT_SHEET_FILE,
     DRY_RUN_UPDATES,
+    GIB,
     LORA_TARGETS,
     LOSS_TYPES,
     PREDICTION_TYPES,
@@ -575,7 +576,10 @@ def open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dt
 
 
 def cache_size(args, pairs, weight_dtype):
-    """Returns the bytes of the full cache, at most: every caption is counted, as if no two were alike."""
+    """Returns the numbers of visits and of captions in the full cache, at most, and the bytes of one of each.
+
+    Every caption is counted, as if no two were alike.
+    """
     model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
     vae_path, vae_where = vae_location(args)
@@ -584,11 +588,12 @@ def cache_size(args, pairs, weight_dtype):
     latents = 2 * 4 * vae.get("latent_channels", 4) * side**2  # float32, winner and loser
     pooled = unet.get("projection_class_embeddings_input_dim") or 0
     text = (77 * unet.get("cross_attention_dim", 1280) + pooled) * weight_dtype.itemsize  # CLIP reads 77 tokens
-    draws_differ = not args.cache_latents or args.random_crop or args.random_flip
-    draws = args.cached_timesteps if draws_differ else 1
+    draws = args.cached_timesteps
+    if args.cache_latents and not args.random_crop:  # latents differ by their flip alone
+        draws = min(draws, 1 + args.random_flip)
     kept = 1 if args.cache_latents else 1 + timesteps_per_pair(args)
     captions = min(args.cached_timesteps, pairs.max_captions)
-    return len(pairs) * (draws * (kept * latents + CACHE_OVERHEAD) + captions * (text + CACHE_OVERHEAD))
+    return len(pairs) * draws, len(pairs) * captions, kept * latents + CACHE_OVERHEAD, text + CACHE_OVERHEAD
 
 
 def create_optimizer(args, parameters, visits_per_update):
@@ -663,23 +668,34 @@ def main(argv=None):
     set_seed(args.seed)
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
+    visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
+    max_train_steps = args.max_train_steps
+    if max_train_steps is None:
+        visits_to_go = max(0, args.num_train_epochs * pairs.num_pairs - visit)
+        max_train_steps = step + math.ceil(visits_to_go / visits_per_update)
+
     cache, report = None, {}
     if args.inversion_cache_dir:
-        needed, gib = cache_size(args, pairs, weight_dtype), 2**30
+        num_visits, num_captions, visit_bytes, caption_bytes = cache_size(args, pairs, weight_dtype)
         try:
             cache = open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype)
             free = shutil.disk_usage(args.inversion_cache_dir).free
         except (OSError, ValueError) as problem:
             error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
-        to_come = needed * (1 - min(1, cache.num_visits() / (len(pairs) * args.cached_timesteps)))
+        missing = max(0, num_visits - cache.num_visits())
+        if not args.precompute_only:
+            missing = min(missing, (max_train_steps - step) * visits_per_update)
+        needed = num_visits * visit_bytes + num_captions * caption_bytes
+        to_come = missing * visit_bytes + min(missing, num_captions) * caption_bytes
         logger.info(
-            f"The cache takes at most {needed / gib:.2f} GiB when it is full, {to_come / gib:.2f} are to come; "
-            f"the folder holds {cache.size() / gib:.2f}"
+            f"The cache takes at most {needed / GIB:.2f} GiB when it is full, {to_come / GIB:.2f} are to come; "
+            f"the folder holds {cache.size() / GIB:.2f}"
         )
         if to_come > free:
             error(
-                f"--inversion_cache_dir {args.inversion_cache_dir} has {free / gib:.2f} GiB free; needed: "
-                f"{to_come / gib:.2f}, less with a lower --cached_timesteps"
+                f"--inversion_cache_dir {args.inversion_cache_dir} has {free / GIB:.2f} GiB free; needed: "
+                f"{to_come / GIB:.2f}, less with a lower --cached_timesteps"
             )
         if args.dry_run:
             logger.warning(
@@ -687,7 +703,7 @@ def main(argv=None):
             )
             cache = None
             if accelerator.is_main_process:
-                sizes = {"GiB at most": needed / gib, "GiB to come": to_come / gib, "GiB free": free / gib}
+                sizes = {"GiB at most": needed / GIB, "GiB to come": to_come / GIB, "GiB free": free / GIB}
                 report_dry_run(args.output_dir, report, cache=sizes)
         train_dataset.cache = cache
 
@@ -705,12 +721,6 @@ def main(argv=None):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
 
-    visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
-    max_train_steps = args.max_train_steps
-    if max_train_steps is None:
-        visits_to_go = max(0, args.num_train_epochs * pairs.num_pairs - visit)
-        max_train_steps = step + math.ceil(visits_to_go / visits_per_update)
     batches = pairs.batches(
         args.train_batch_size, args.seed, 0 if args.precompute_only else visit,
         checkpoint.stream if checkpoint else None, accelerator.process_index, accelerator.num_processes,
@@ -835,9 +845,14 @@ def main(argv=None):
     long_captions = RowLog(warn_of_row, "has its caption cut", known[1])
     damaged_shards = RowLog(warn_of_row, "of the cache is damaged, what it held is computed again", {})
 
-    def note(batch):
+    def note_unusable(names, usable):
+        lost = [name for name, is_usable in zip(names, usable, strict=False) if not is_usable]
+        bad_rows.add([(name, "latents not finite: the VAE overflows") for name in lost])
+
+    def note(batch, usable=()):
         """Counts and names what was met in a batch's rows and in the cache."""
         bad_rows.add(batch["bad_rows"])
+        note_unusable(batch["rows"], usable)
         long_captions.add(batch["cut_captions"])
         if cache:
             damaged_shards.add([shard for cached in batch["cached"] for shard in cached.damaged])
@@ -879,7 +894,7 @@ def main(argv=None):
         accelerator.wait_for_everyone()
         logger.info(
             f"{'Filled' if is_filled else 'Stopped filling'} the cache after {time.monotonic() - started:.0f} s: "
-            f"{cache.size() / 2**30:.3f} GiB in {args.inversion_cache_dir}"
+            f"{cache.size() / GIB:.3f} GiB in {args.inversion_cache_dir}"
         )
         skipped = reasons_of_all_processes()[0]
         warn_of_skipped(skipped)
@@ -964,8 +979,7 @@ def main(argv=None):
             num_bad_rows += logs.pop("bad_rows") * visits_per_update / args.train_batch_size
             if usable_share < 1:
                 for names, usable in usable_rows:
-                    lost = [name for name, is_usable in zip(names, usable.tolist(), strict=False) if not is_usable]
-                    bad_rows.add([(name, "latents not finite: the VAE overflows") for name in lost])
+                    note_unusable(names, usable.tolist())
             usable_rows.clear()
             is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
             if usable_share and (not is_bad or accelerator.scaler is not None):

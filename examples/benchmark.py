@@ -510,7 +510,7 @@ def measure(args, method, folder, flops):
 
     probe.replace(script, "load_models", load_models)
     probe.replace(script, "model_digest", lambda script_args: "random")
-    probe.replace(script, "cache_size", lambda script_args, pairs, weight_dtype: 0)
+    probe.replace(script, "cache_size", lambda script_args, pairs, weight_dtype: (0, 0, 0, 0))
     options = [
         "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--report_to", "none",
         "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),

@@ -36,6 +36,7 @@ from inversion_utils import (
     check_data_options,
     count_by_reason,
     exceeds,
+    list_reasons,
     load_pairs,
     number,
     value_at,
@@ -89,10 +90,9 @@ def convert(pairs, open_pair, log, new_writer, max_bad_fraction):
 
     def check_bad_rows(is_too_many):
         if is_too_many:
-            counts = count_by_reason(log.reasons.values()).items()
             raise ValueError(
                 f"--max_bad_fraction is {max_bad_fraction:g}, but of the first {pairs.seen.num_rows} rows "
-                f"{len(log.reasons)} cannot be used: {', '.join(f'{count} with {reason}' for reason, count in counts)}"
+                f"{len(log.reasons)} cannot be used: {list_reasons(log.reasons.values())}"
             )
 
     with new_writer(has_scores=has_scores, has_captions=has_captions) as writer:
