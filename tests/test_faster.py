@@ -233,7 +233,7 @@ def test_with_offload_the_encoders_are_on_the_device_only_where_they_are_used(tr
     assert uses.count(["CLIPTextModel"]) == 2  # empty prompts, for guidance
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
+@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_sharding_is_refused(refused, no_models, monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     message = refused()
