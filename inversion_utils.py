@@ -2014,15 +2014,11 @@ class InversionCache:
                         self._add(key, part)
             if self._pending_bytes > SHARD_BYTES:
                 self.flush()
-        place, known, completed = 0, batch["known"], []
-        for cached, is_known in zip(batch["cached"], batch["is_known"], strict=True):
-            if is_known:
-                entry, text = ({name: x[place] for name, x in known[part].items()} for part in ("entry", "text"))
-                place += 1
-            else:
-                entry, text = found[cached.key], found[cached.text_key]
-            completed.append((entry, text))
-        return completed
+        known = zip(*(_unstack(batch["known"][part]) for part in ("entry", "text")), strict=True)
+        return [
+            next(known) if is_known else (found[cached.key], found[cached.text_key])
+            for cached, is_known in zip(batch["cached"], batch["is_known"], strict=True)
+        ]
 
     def find(self, key: str) -> Entry | None:
         """Returns an entry, None if it is missing or damaged."""
@@ -2084,9 +2080,10 @@ class InversionCache:
             self._pending_bytes += sum(value.nbytes for value in entry.values())
 
     def _refresh(self) -> None:
-        if not self.folder.exists():  # deleted since: all is missing, and `flush` says that nothing can be written
+        try:
+            changed = self.folder.stat().st_mtime_ns
+        except FileNotFoundError:  # deleted since: all is missing, and `flush` says that nothing can be written
             return
-        changed = self.folder.stat().st_mtime_ns
         if changed == self._listed:
             return
         for file in sorted(set(self.folder.glob(SHARDS)) - self._shards):
@@ -2221,6 +2218,11 @@ def collate_cached(
 def _stack(entries: list[Entry]) -> Entry:
     """Returns entries as one of a tensor each: a tensor that comes from a worker takes a file descriptor."""
     return {name: torch.stack([entry[name] for entry in entries]) for name in (entries[0] if entries else ())}
+
+
+def _unstack(entries: Entry) -> list[Entry]:
+    """Undoes `_stack`."""
+    return [dict(zip(entries, values, strict=True)) for values in zip(*entries.values(), strict=True)]
 
 
 # 5  Training

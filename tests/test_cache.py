@@ -393,15 +393,20 @@ def test_another_process_s_shards_are_found_and_nothing_is_overwritten(tmp_path)
     assert_same_entry(two.find("k-1"), an_entry(1))
 
 
-def test_a_shard_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):
-    """And a full disk ends the keeping, not the training."""
-    cache = a_cache(tmp_path)
-    cache._add("k-1", an_entry())
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Lets no file be written to its end."""
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(inversion_utils.os, "fsync", full)
+
+
+def test_a_shard_is_written_whole_or_not_at_all(full_disk, tmp_path, caplog):
+    """And a full disk ends the keeping, not the training."""
+    cache = a_cache(tmp_path)
+    cache._add("k-1", an_entry())
     cache.flush()
     cache._add("k-2", an_entry())
     assert list(tmp_path.iterdir()) == [] and cache.find("k-1") is None and cache.find("k-2") is None
@@ -485,12 +490,8 @@ def test_pairs_that_overflow_are_named_and_computed_again(train, script, calls, 
     assert_same(lora(cached), lora(plain), atol=ANOTHER_BATCH)
 
 
-def test_a_full_disk_ends_the_filling_with_an_error(train, calls, tmp_path, monkeypatch, caplog):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
+def test_a_full_disk_ends_the_filling_with_an_error(train, calls, full_disk, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(inversion_utils, "SHARD_BYTES", 1)
-    monkeypatch.setattr(inversion_utils.os, "fsync", full)
     with pytest.raises(RuntimeError, match="cannot be written any more .* make room"):
         train(precompute_only=True, inversion_cache_dir=tmp_path / "cache")
     assert calls["invert"] == 1 and "Filled" not in caplog.text
