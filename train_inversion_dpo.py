@@ -21,12 +21,12 @@
         --pretrained_model_name_or_path=... --dataset_name=... --output_dir=...
 
 Each step: 1 encode winner, loser and caption; 2 invert both images with the reference policy (the U-Net without its
-LoRA) to a few timesteps, which yields the noise that belongs to each image; 3 states x_t and targets tau; 4 the
-policy's and the reference's errors, and the DPO loss on them.
+LoRA) to a few timesteps, which yields the noise that belongs to each image; 3 the reference's errors there, which the
+inversion knows already; 4 the policy's errors at the same states, and the DPO loss on both. A cache keeps 1 to 3.
 
 Against the papers: 1 the target is the noise implied by the image, not the reference's prediction (with which a LoRA
 never starts to move); 2 the latent is inverted to exactly the timestep it is trained at; 3 a LoRA is trained, not the
-whole U-Net. README.md explains each. Needs `inversion_utils.py` beside it, nothing else.
+whole U-Net. examples/README.md explains each. Needs `inversion_utils.py` beside it, nothing else.
 """
 
 import argparse
@@ -36,122 +36,94 @@ import itertools
 import logging
 import math
 import os
-import shutil
+import shlex
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
-import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType, ProjectConfiguration, gather_object, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+    set_seed,
+)
+from tqdm.auto import tqdm
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
+
+import diffusers
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xformers_available
-from diffusers.utils.torch_utils import is_compiled_module
-from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
-    CACHE_OVERHEAD,
-    CONTACT_SHEET_FILE,
-    DRY_RUN_UPDATES,
-    GIB,
     LORA_TARGETS,
     LOSS_TYPES,
+    METRICS_FILE,
     PREDICTION_TYPES,
-    QUANTIZATIONS,
     VALIDATION_DIR,
     Checkpoint,
-    InversionCache,
-    PairColumns,
     PreferenceDataset,
-    RowLog,
     RunningMeans,
     StopSignal,
-    Trajectory,
+    TargetCache,
+    Targets,
     Validation,
-    Visits,
-    add_data_options,
     add_lora,
+    add_metrics,
     add_noise,
     backward_in_chunks,
-    check_compiler,
-    check_data_options,
     check_launcher,
-    check_lora_targets,
     check_output_dir,
-    check_quantization,
     check_resumed_run,
-    collate_cached,
-    command_line,
-    count_by_reason,
+    collate,
+    collate_targets,
     create_hub_repo,
-    cut_captions,
-    digest,
-    draw_contact_sheet,
+    cut_metrics,
     encode_images,
-    exceeds,
-    files_digest,
-    fill_cache,
-    final_metrics,
     find_checkpoint,
+    fingerprint,
     finite_pairs,
     forward_noise,
-    inspect_pairs,
     invert,
-    is_local,
-    is_zero_lora,
-    join_visits,
     leave_signals_to_the_main_process,
-    leave_together,
-    list_reasons,
     load_pairs,
     log_pictures,
-    map_condition,
-    mean_metrics,
     noise_from_model_output,
+    note_skipped,
     number,
     on_device,
     one_line,
-    peak_memory,
     prediction_error,
     preference_loss,
     push_to_hub,
-    quantization,
-    reconstruction_errors,
     reference_policy,
     register_lora_checkpointing,
-    report_dry_run,
     sample_timesteps,
     save_checkpoint,
     save_lora,
     to_device,
-    tokenize,
-    versions,
+    visit_batches,
     write_results,
 )
 
 check_min_version("0.42.0")
 logger = get_logger(__name__)
 
-PIPELINE_CLASS = StableDiffusionPipeline
+PIPELINE, LORA_LOADER = "StableDiffusionPipeline", StableDiffusionLoraLoaderMixin
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
-# Options that a resumed run may change: they do not change what is learned, only how long and how fast, or name where
-# model and data are, which may have moved.
-FREE_ON_RESUME = set(
-    "pretrained_model_name_or_path pretrained_vae_model_name_or_path cache_dir dataset_name train_data_dir "
-    "output_dir resume_from_checkpoint max_train_steps num_train_epochs train_batch_size "
-    "gradient_accumulation_steps trajectory_chunk vae_encode_batch_size gradient_checkpointing "
-    "enable_xformers_memory_efficient_attention allow_tf32 dataloader_num_workers dry_run max_bad_fraction "
-    "max_bad_steps checkpointing_steps checkpoints_total_limit logging_dir report_to validation_prompts "
-    "validation_steps num_validation_images validation_inference_steps validation_guidance_scale push_to_hub "
-    "hub_model_id hub_private_repo compile log_every offload inversion_cache_dir precompute_only".split()
-)
+MAX_BAD_STEPS = 20  # in a row, before the run ends
+NOT_FINITE = "its targets are not finite: the VAE overflows"
 
 
 def parse_args(argv=None):
@@ -161,205 +133,157 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
     count, natural, positive = number(int, least=1), number(int, least=0), number(float, above=0)
-    fraction = number(float, least=0, below=1)
+    fraction, path = number(float, least=0, below=1), os.path.expanduser
 
     # fmt: off
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--pretrained_model_name_or_path", required=True,
-        help="model to align: a Hub id or a folder in diffusers' layout")
-    add("--pretrained_vae_model_name_or_path", help="another VAE than the model's own")
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", type=path, required=True,
+        help="model to align: a Hub id, or a folder in diffusers' layout")
+    add("--pretrained_vae_model_name_or_path", type=path, help="another VAE than the model's own")
     add("--revision", help="revision of the model on the Hub")
     add("--variant", help="variant of the model's files, such as fp16")
-    add("--cache_dir", help="where downloads are kept")
+    add("--cache_dir", type=path, help="folder for downloads")
 
-    group = parser.add_argument_group("data")
-    add = group.add_argument
-    add_data_options(add)
-    add("--resolution", type=int, default=512, help="pixels of a side; higher is slower and takes more memory")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", type=path, help="preference pairs: whatever datasets.load_dataset takes")
+    add("--dataset_config_name", help="configuration of the data set")
+    add("--dataset_split_name", default="train", help="split to train on")
+    add("--train_data_dir", type=path, help="a local folder instead, such as examples/convert_pairs.py writes")
+    add("--image_0_column", default="jpg_0", help="column of the first image")
+    add("--image_1_column", default="jpg_1", help="column of the second image")
+    add("--label_column", default="label_0",
+        help="column of the label: 1 if image 0 is better, 0 if image 1 is, 0.5 for a tie")
+    add("--winner_column", help="instead of a label: column of the better image")
+    add("--loser_column", help="column of the worse image")
+    add("--caption_column", default="caption", help="column of captions, or of lists from which each visit takes one")
+    add("--strength_column", help="column of how certain a preference is, 0 to 1; higher counts more")
+    add("--tie_policy", choices=["drop", "soft"], default="drop", help="leave ties out, or teach no preference")
+    add("--max_train_samples", type=count, help="use only the first N pairs")
+    add("--resolution", type=count, default=512, help="pixels of a side; higher is slower and takes more memory")
     add("--random_crop", action="store_true", help="crop at random, winner and loser alike, instead of at the centre")
     add("--random_flip", action="store_true", help="mirror half of the pairs, winner and loser alike")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions emptied; the papers use 0.2")
     add("--dataloader_num_workers", type=natural, default=0, help="processes that load images; 0: the main one")
 
-    group = parser.add_argument_group("objective and inversion")
-    add = group.add_argument
+    add = parser.add_argument_group("objective and inversion").add_argument
     add("--objective", choices=["inversion_dpo", "inpo", "diffusion_dpo"], default="inversion_dpo",
         help="what is compared: the mean over an inversion trajectory, single inverted states, or plain forward noise")
     add("--timesteps_per_pair", type=count,
-        help="targets per pair; more: steadier and slower (4 for inversion_dpo, else 1)")
+        help="targets per pair; more are steadier and slower (4 for inversion_dpo, else 1)")
     add("--min_timestep", type=natural, default=0, help="lowest training timestep")
-    add("--max_timestep", type=natural,
-        help="highest training timestep; a band of high ones learns layout faster, not detail")
+    add("--max_timestep", type=natural, help="highest training timestep; high ones teach layout, not detail")
     add("--timesteps_subset", type=natural, nargs="+",
-        help="instead of a band: train at these only, as a distilled few-step model is sampled at")
+        help="instead of a band: only these timesteps, such as those that a distilled model is sampled at")
     add("--trajectory_chunk", type=count, default=4,
-        help="timesteps per policy call; less takes less memory, and a second forward where not all fit into one")
+        help="timesteps per policy call; fewer take less memory, and a second forward if one call does not hold all")
     add("--inversion_steps", type=count,
-        help="U-Net calls of an inversion; more: more exact (timesteps_per_pair + 4, without the 4 for a subset)")
+        help="U-Net calls of an inversion; more are more exact (timesteps_per_pair + 4, without the 4 for a subset)")
     add("--inversion_model", choices=["reference", "policy"], default="reference",
-        help="who inverts; the reference's predictions are then also the loss's, the policy costs extra calls")
-    add("--inversion_order", type=int, choices=[1, 2], default=2,
-        help="order of the inversion's steps; 1 is plain Euler")
-    add("--inversion_spacing", choices=["karras", "uniform"], default="karras", help="where the inversion's steps lie")
-    add("--inversion_guidance_scale", type=number(float, least=1), default=1.0,
-        help="guidance while inverting; above 1 it is inexact")
+        help="what inverts; the policy takes extra calls and cannot be cached")
     add("--beta_dpo", type=positive, default=2000.0,
-        help="tie to the reference, higher stays closer; the loss has beta / 2, diffusers' SD script has beta")
+        help="tie to the reference, higher stays closer; the loss has beta / 2, but beta in diffusers' SD script")
     add("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="loss on the difference of winner and loser")
     add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0,
-        help="share of labels believed wrong; sigmoid only")
-    add("--preference_strength", choices=["none", "margin"], default="none",
-        help="margin: pairs with close scores count less, logits are scaled by 2 sigmoid(k (score_w - score_l)) - 1")
-    add("--preference_strength_scale", type=positive, default=1.0,
-        help="k, in 1 / units of the scores; higher counts closer pairs as certain")
+        help="share of labels believed wrong; higher trusts them less; sigmoid only")
 
-    group = parser.add_argument_group("cache: what training does not change, kept across epochs and runs")
-    add = group.add_argument
-    add("--inversion_cache_dir", help="folder where latents, noise, reference errors and text embeddings are kept")
-    add("--cached_timesteps", type=count, default=4,
-        help="draws of timesteps, crop and flip per pair, one an epoch by turns; more vary more and take more disk")
-    add("--cache_latents", action="store_true",
-        help="keep latents and text embeddings only: for diffusion_dpo and --inversion_model policy")
-    add("--precompute_only", action="store_true", help="fill the cache, and end without training")
+    add = parser.add_argument_group("cache of what training does not change, for runs of several epochs").add_argument
+    add("--inversion_cache_dir", type=path, help="folder for latents, noise, reference errors and text embeddings")
+    add("--cached_draws", type=count, default=4,
+        help="draws of timesteps, crop and flip per pair, one per epoch in turn; more vary more and take more disk")
+    add("--precompute_only", action="store_true", help="fill the cache with all draws of all pairs, train nothing")
 
-    group = parser.add_argument_group("LoRA and optimization")
-    add = group.add_argument
+    add = parser.add_argument_group("LoRA and optimization").add_argument
     add("--rank", type=count, default=16, help="rank of the LoRA; higher learns more and takes more memory")
     add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
     add("--lora_target_modules", nargs="+", default=list(LORA_TARGETS),
-        help="modules that get a LoRA: ends of names, or one regular expression; more learn more, take more memory")
-    add("--train_text_encoder", action="store_true", help="out of scope: the LoRA is the U-Net's alone")
+        help="modules that get a LoRA: ends of names, or one regular expression; more learn more and take more memory")
     add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
     add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
-    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant",
-        help="course of the learning rate")
-    add("--lr_warmup_steps", type=natural, default=0, help="updates over which the learning rate rises from 0")
-    add("--train_batch_size", type=count, default=4,
-        help="pairs per process and forward; more is steadier, takes memory")
-    add("--gradient_accumulation_steps", type=count, default=1, help="batches per update; more is steadier and slower")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of the learning rate")
+    add("--lr_warmup_steps", type=natural, default=0, help="steps over which the learning rate rises from 0")
+    add("--train_batch_size", type=count, default=4, help="pairs per process and forward; more take more memory")
+    add("--gradient_accumulation_steps", type=count, default=1, help="batches per step; more are steadier and slower")
     add("--num_train_epochs", type=count, default=1, help="passes over the pairs, if --max_train_steps is not given")
-    add("--max_train_steps", type=count, help="updates in all, instead of --num_train_epochs")
+    add("--max_train_steps", type=count, help="optimizer steps in all, instead of --num_train_epochs")
     add("--use_8bit_adam", action="store_true", help="Adam with 8-bit states, by bitsandbytes")
     add("--adam_beta1", type=fraction, default=0.9, help="decay of Adam's mean; higher remembers longer")
     add("--adam_beta2", type=fraction, default=0.999, help="decay of Adam's variance; higher is smoother")
     add("--adam_weight_decay", type=fraction, default=1e-2, help="weight decay of the LoRA; higher keeps it smaller")
-    add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher is calmer")
-    add("--max_grad_norm", type=positive, default=1.0, help="gradients are scaled down to this norm; lower is calmer")
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy step")
-    add("--quantize_base", choices=QUANTIZATIONS,
-        help="keep the frozen linear layers of the U-Net in 4 or 8 bits: less memory, less exact, slower")
-    add("--offload", action="store_true",
-        help="keep VAE and text encoders in the CPU's memory between uses: less memory, some copying per batch")
-    add("--compile", action="store_true",
-        help="compile the U-Net by torch.compile: the first update takes minutes, the others less time")
-    add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; less takes less memory")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"],
-        help="precision of the frozen parts (accelerate's setting)")
-    add("--allow_tf32", action="store_true", help="faster float32 products on Ampere GPUs and later, less exact")
+    add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher makes smaller steps")
+    add("--max_grad_norm", type=positive, default=1.0, help="norm to which gradients are clipped; lower is steadier")
+    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy call")
+    add("--quantize_base", choices=["nf4", "int8"],
+        help="keep the U-Net's frozen linear layers in 4 or 8 bits, on a GPU: less memory, less exact, slower")
+    add("--offload", action="store_true", help="keep VAE and text encoders in CPU memory between uses; slower")
+    add("--compile", action="store_true", help="compile the U-Net's blocks: slow first steps, faster others")
+    add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; fewer take less memory")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the frozen parts (accelerate's setting)")
+    add("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere GPUs and later")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention instead of SDPA")
 
-    group = parser.add_argument_group("validation: pictures without and with the LoRA, from the same seeds")
-    add = group.add_argument
-    add("--validation_prompts", nargs="+", help="prompts to draw, each in quotes; also drawn at the end")
-    add("--validation_steps", type=count, default=100, help="updates between pictures; fewer cost more time")
-    add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and cost time")
+    add = parser.add_argument_group("validation: pictures without and with the LoRA, from the same seeds").add_argument
+    add("--validation_prompts", nargs="+", help="prompts to sample, each in quotes; also sampled at the end")
+    add("--validation_steps", type=count, default=100, help="steps between validations; fewer take more time")
+    add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and take time")
     add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
     add("--validation_guidance_scale", type=number(float, least=0), default=7.5,
         help="guidance of the samples; higher obeys the prompt more and varies less")
 
-    group = parser.add_argument_group("Hugging Face Hub")
-    add = group.add_argument
+    add = parser.add_argument_group("Hugging Face Hub").add_argument
     add("--push_to_hub", action="store_true", help="upload LoRA, card, pictures and configuration at the end")
     add("--hub_model_id", help="repository, as user/name (the name of --output_dir)")
     add("--hub_token", help="token that may write; HF_TOKEN or `hf auth login` keep it out of the command line")
     add("--hub_private_repo", action="store_true", help="create the repository as a private one")
 
-    group = parser.add_argument_group("output")
-    add = group.add_argument
-    add("--output_dir", required=True, help="folder for the LoRA, checkpoints, pictures and logs")
-    add("--dry_run", action="store_true",
-        help="report on data, inversion, memory and speed, after three updates that are thrown away; train nothing")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=path, required=True, help="folder for the LoRA, checkpoints, pictures and logs")
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
-    add("--max_bad_steps", type=count, default=20, help="end after so many updates in a row with NaN or infinity")
-    add("--checkpointing_steps", type=count, default=100, help="updates between checkpoints; the last has one too")
-    add("--checkpoints_total_limit", type=count, help="keep the newest so many checkpoints only")
-    add("--resume_from_checkpoint", help="'latest' in --output_dir, or a folder checkpoint-<step>")
-    add("--logging_dir", default="logs", help="folder of the logs, within --output_dir")
-    add("--log_every", type=count, default=1, help="updates between logged metrics, each the mean since the last")
+    add("--checkpointing_steps", type=count, default=100, help="steps between checkpoints; the last has one too")
+    add("--checkpoints_total_limit", type=count, help="keep only the N newest checkpoints")
+    add("--resume_from_checkpoint", type=path, help="'latest' in --output_dir, or a folder checkpoint-<step>")
+    add("--logging_dir", type=path, default="logs", help="folder of the logs, within --output_dir")
     add("--report_to", choices=[*LoggerType.list(), "none"], default="tensorboard", help="where metrics are logged")
     # fmt: on
 
     args = parser.parse_args(argv)
-    check_args(args, parser.error, parser.get_default)
+    check_args(args, parser.error)
     return args, parser.error
 
 
-def check_args(args, error, default):
-    """Ends the run by `error` if an option contradicts another or needs what is not installed."""
-    check_data_options(args, error)
-    if args.streaming and args.max_train_steps is None:
-        error("--streaming needs --max_train_steps: how long an epoch of a stream is, is not known")
-    has_scores = PairColumns.of(args).shape in ("scores", "groups")
-    if args.preference_strength == "margin" and not has_scores:
-        error("--preference_strength margin goes with --score_0_column or --scores_column")
-    if args.preference_strength == "none" and args.preference_strength_scale != default("preference_strength_scale"):
-        error("--preference_strength_scale goes with --preference_strength margin")
-    if args.tie_policy == "soft" and args.loss_type == "hinge":
-        error("--tie_policy soft goes with --loss_type sigmoid and ipo: hinge has no loss for ties")
-    if args.lr_warmup_steps and args.lr_scheduler == "constant":
-        error("--lr_warmup_steps goes with another --lr_scheduler than constant: constant_with_warmup, for instance")
-    if args.max_train_steps is not None and args.lr_warmup_steps >= args.max_train_steps:
-        error(f"--lr_warmup_steps is {args.lr_warmup_steps}; allowed: below --max_train_steps {args.max_train_steps}")
-    if args.label_smoothing and args.loss_type != "sigmoid":
+def check_args(args, error):
+    """Ends the run by `error` if options contradict each other or need what is not installed."""
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        error("give the data by either --dataset_name or --train_data_dir")
+    for name in ("output_dir", "inversion_cache_dir"):
+        folder, data = getattr(args, name), args.train_data_dir
+        if folder and data and Path(folder).resolve().is_relative_to(Path(data).resolve()):
+            error(f"--{name} {folder} lies in --train_data_dir, whose files it would then be among")
+    if bool(args.winner_column) != bool(args.loser_column):
+        error("--winner_column and --loser_column go together")
+    columns = (args.image_0_column, args.image_1_column, args.label_column)
+    if args.winner_column and columns != ("jpg_0", "jpg_1", "label_0"):
+        error("--winner_column excludes --image_0_column, --image_1_column and --label_column")
+    if args.loss_type == "hinge" and args.tie_policy == "soft":
+        error("--tie_policy soft does not go with --loss_type hinge, which has no loss for ties")
+    if args.loss_type != "sigmoid" and args.label_smoothing:
         error(f"--label_smoothing goes with --loss_type sigmoid, not {args.loss_type}")
-    if args.objective == "diffusion_dpo":
-        for name in ("steps", "model", "order", "spacing", "guidance_scale"):
-            if getattr(args, f"inversion_{name}") != default(f"inversion_{name}"):
-                error(f"--inversion_{name} goes with an --objective that inverts, not with diffusion_dpo")
-    elif inversion_steps(args) < timesteps_per_pair(args):
-        error(
-            f"--inversion_steps is {args.inversion_steps}; allowed: the {timesteps_per_pair(args)} timesteps and above"
-        )
-    if not args.inversion_cache_dir:
-        for name in ("cached_timesteps", "cache_latents", "precompute_only"):
-            if getattr(args, name) != default(name):
-                error(f"--{name} goes with --inversion_cache_dir")
-    elif args.streaming:
-        error("--inversion_cache_dir does not go with --streaming: the pairs of a stream do not return")
-    elif args.precompute_only and args.dry_run:
-        error("--precompute_only and --dry_run exclude each other")
-    elif args.cache_latents and args.inversion_guidance_scale > 1:
-        error("--cache_latents goes with --inversion_guidance_scale 1: it does not keep the empty prompt's embedding")
-    elif not args.cache_latents and (args.objective == "diffusion_dpo" or args.inversion_model == "policy"):
-        name = "objective diffusion_dpo" if args.objective == "diffusion_dpo" else "inversion_model policy"
-        error(f"--{name} with --inversion_cache_dir needs --cache_latents: noise and states are new at every visit")
-    if not args.validation_prompts:
-        for name in ("validation_steps", "num_validation_images", "validation_inference_steps",
-                     "validation_guidance_scale"):  # fmt: skip
-            if getattr(args, name) != default(name):
-                error(f"--{name} goes with --validation_prompts")
-    if not args.push_to_hub:
-        for name in ("hub_model_id", "hub_token", "hub_private_repo"):
-            if getattr(args, name):
-                error(f"--{name} goes with --push_to_hub")
-    if args.hub_token and args.report_to not in ("tensorboard", "none"):
-        error(
-            f"--hub_token with --report_to {args.report_to} would store the token in the tracker, with the command "
-            "line; log in with `hf auth login` instead"
-        )
-    if args.train_text_encoder:
-        error("--train_text_encoder is out of scope: the LoRA is the U-Net's alone; leave the option out")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps:
+        error("--lr_warmup_steps needs another --lr_scheduler than constant, such as constant_with_warmup")
     if args.timesteps_subset and (args.min_timestep, args.max_timestep) != (0, None):
-        error("--timesteps_subset and --min_timestep, --max_timestep exclude each other")
-    if args.use_8bit_adam and not is_bitsandbytes_available():
-        error("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-    if args.quantize_base and not is_bitsandbytes_available():
-        error(f"--quantize_base {args.quantize_base} needs bitsandbytes: pip install bitsandbytes")
+        error("--timesteps_subset excludes --min_timestep and --max_timestep")
+    if args.objective != "diffusion_dpo" and inversion_steps(args) < timesteps_per_pair(args):
+        error(f"--inversion_steps is {args.inversion_steps}; allowed: {timesteps_per_pair(args)} timesteps and more")
+    if args.inversion_model == "policy" and (args.inversion_cache_dir or args.objective == "diffusion_dpo"):
+        error("--inversion_model policy goes with an objective that inverts, and without --inversion_cache_dir")
+    if args.precompute_only and not args.inversion_cache_dir:
+        error("--precompute_only needs --inversion_cache_dir")
+    if args.hub_token and args.report_to not in ("tensorboard", "none"):
+        error(f"--hub_token would be stored by --report_to {args.report_to}; log in with `hf auth login` instead")
     if args.report_to not in ("all", "none", *map(str, get_available_trackers())):
         error(f"--report_to {args.report_to} is not installed: pip install {args.report_to}")
+    if (args.use_8bit_adam or args.quantize_base) and not is_bitsandbytes_available():
+        error("--use_8bit_adam and --quantize_base need bitsandbytes: pip install bitsandbytes")
     if args.enable_xformers_memory_efficient_attention and not is_xformers_available():
         error("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
 
@@ -378,149 +302,126 @@ def allowed_timesteps(args, noise_scheduler):
 
     A level without signal (zero terminal SNR) is never trained on: its error is zero by construction.
     """
-    last = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1
-    if args.timesteps_subset:
-        subset, least = sorted(set(args.timesteps_subset)), timesteps_per_pair(args)
-        if subset[-1] > last:
-            raise ValueError(f"--timesteps_subset is {subset}; allowed: timesteps from 0 to {last}")
-        if len(subset) < least:
-            raise ValueError(f"--timesteps_subset is {subset}, fewer than --timesteps_per_pair {least}: lower that")
-        return torch.tensor(subset)
+    last, count = int((noise_scheduler.alphas_cumprod > 0).sum()) - 1, timesteps_per_pair(args)
+    subset = sorted(set(args.timesteps_subset or ()))
+    if subset and (subset[-1] > last or len(subset) < count):
+        raise ValueError(f"--timesteps_subset is {subset}; allowed: {count} timesteps or more, from 0 to {last}")
     highest = last if args.max_timestep is None else args.max_timestep
     if not args.min_timestep <= highest <= last:
-        raise ValueError(
-            f"--min_timestep {args.min_timestep} and --max_timestep {highest}; allowed: an interval within 0 to {last}"
-        )
-    return torch.arange(args.min_timestep, highest + 1)
+        band = f"--min_timestep {args.min_timestep} and --max_timestep {highest}"
+        raise ValueError(f"{band}; allowed: an interval within 0 to {last}")
+    return torch.tensor(subset or range(args.min_timestep, highest + 1))
 
 
-def load_model_index(args):
-    """Returns the pipeline's own configuration, {} for a folder without one."""
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    try:
-        return DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **where)
-    except (OSError, ValueError):
-        return {}
+def where(args, subfolder, **options):
+    """Returns the keyword arguments with which `from_pretrained` finds a part of the model."""
+    return {"subfolder": subfolder, "revision": args.revision, "cache_dir": args.cache_dir, **options}
 
 
 def vae_location(args):
     """Returns the path of the VAE, and the keyword arguments that find it there."""
     if args.pretrained_vae_model_name_or_path:
         return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
-    where = {"subfolder": "vae", "revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    return args.pretrained_model_name_or_path, where
+    return args.pretrained_model_name_or_path, where(args, "vae", variant=args.variant)
 
 
-def check_family(source, unet):
-    """Raises ValueError if a U-Net's configuration is not one of SD 1.5 or 2.x."""
-    if unet.get("addition_embed_type") == "text_time":
-        raise ValueError(f"{source} is an SDXL model; this script aligns SD 1.5 and 2.x")
-    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-    if kind := next((kind for kind in kinds if unet.get(kind)), None):
-        raise ValueError(f"{source}: its U-Net has {kind} {unet[kind]!r}, which SD 1.5 and 2.x do not have")
+def read_configs(args):
+    """Returns the noise scheduler, the pipeline's own configuration ({} without one), and fingerprints of the model.
 
-
-def load_noise_scheduler(args):
-    """Returns the model's noise scheduler from configurations alone; raises ValueError if the model is unsuitable."""
-    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    source = f"--pretrained_model_name_or_path {model}"
-    vae_path, vae_where = vae_location(args)
+    Loads no weights. Raises ValueError if this script does not align the model.
+    """
+    model, (vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
+    source, pipeline_config, part = f"--pretrained_model_name_or_path {model}", {}, "unet"
+    with contextlib.suppress(OSError, ValueError):
+        pipeline_config = DiffusionPipeline.load_config(model, revision=args.revision, cache_dir=args.cache_dir)
     try:
-        part = "unet"
-        unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
+        unet, commit = UNet2DConditionModel.load_config(model, return_commit_hash=True, **where(args, "unet"))
         part = "scheduler"
-        scheduler = DDPMScheduler.load_config(model, subfolder="scheduler", **where)
+        scheduler = DDPMScheduler.load_config(model, **where(args, "scheduler"))
         noise_scheduler = DDPMScheduler.from_config(scheduler)
         part = f"vae ({vae_path})"
-        vae = AutoencoderKL.load_config(vae_path, **vae_where)
+        vae, vae_commit = AutoencoderKL.load_config(vae_path, return_commit_hash=True, **vae_options)
     except (OSError, ValueError, NotImplementedError) as error:
-        kind = load_model_index(args).get("_class_name")
-        source += f" (a {kind})" if kind else ""
-        raise ValueError(f"{source} has no usable {part}, which this script needs: {one_line(error)}") from error
-    check_family(source, unet)
-    if args.lora_target_modules != list(LORA_TARGETS):
-        check_lora_targets(unet, args.lora_target_modules)
+        kind = pipeline_config.get("_class_name", "model")
+        raise ValueError(f"{source} (a {kind}) has no {part} that this script can use: {one_line(error)}") from error
+    sampler, prediction_type = scheduler.get("_class_name", "DDPMScheduler"), noise_scheduler.config.prediction_type
+    if problem := family_problem(unet):
+        raise ValueError(f"{source}: {problem}")
     if unet.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise ValueError(
-            f"{source}: its U-Net takes {unet.get('in_channels')} channels, its VAE makes "
-            f"{vae.get('latent_channels')}; inpainting and other image-conditioned models are not supported"
+            f"{source}: U-Net and VAE differ in channels; inpainting models and the like are not supported"
         )
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    if args.resolution < factor or args.resolution % factor:
-        raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
-    sampler, prediction_type = scheduler.get("_class_name", "DDPMScheduler"), noise_scheduler.config.prediction_type
-    if sampler.startswith(("EDM", "FlowMatch")):
-        raise ValueError(f"{source} has a {sampler}: models scaled by sigma and flow models are not supported")
+    if sampler.startswith(("EDM", "FlowMatch")) or not hasattr(diffusers, sampler):
+        raise ValueError(f"{source} has a {sampler}; models scaled by sigma and flow models are not supported")
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"{source} predicts {prediction_type!r}; supported are 'epsilon' and 'v_prediction'")
-    if not hasattr(diffusers, sampler):
-        raise ValueError(f"{source}: diffusers has no scheduler {sampler}")
-    return noise_scheduler
+        raise ValueError(f"{source} predicts {prediction_type!r}; supported are {' and '.join(PREDICTION_TYPES)}")
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    if args.resolution % factor:
+        raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
+    if args.lora_target_modules != list(LORA_TARGETS):
+        with torch.device("meta"):
+            add_lora(UNet2DConditionModel.from_config(unet), 1, 1, args.lora_target_modules)
+    return noise_scheduler, pipeline_config, [fingerprint(model, commit), fingerprint(vae_path, vae_commit)]
 
 
-def load_encoders(args, weight_dtype):
-    """Returns text encoders and VAE, in `weight_dtype` and frozen."""
-    model = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir, "variant": args.variant, "dtype": weight_dtype}
-    text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder", **where)
-    vae_path, vae_where = vae_location(args)
-    vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_where)
-    return [text_encoder.requires_grad_(False).eval()], vae.requires_grad_(False).eval()
-
-
-def load_models(args, weight_dtype):
-    """Returns tokenizers, text encoders, VAE and U-Net, these in `weight_dtype`; all but the U-Net are frozen.
-
-    With a cache, text encoders and VAE are None until `load_encoders` is needed: nothing of it is missing, perhaps.
-    """
-    model = args.pretrained_model_name_or_path
-    where = {"revision": args.revision, "cache_dir": args.cache_dir}
-    tokenizers = [CLIPTokenizer.from_pretrained(model, subfolder="tokenizer", **where)]
-    are_needed = not args.inversion_cache_dir or args.validation_prompts or args.dry_run
-    text_encoders, vae = load_encoders(args, weight_dtype) if are_needed else (None, None)
-    unet = UNet2DConditionModel.from_pretrained(
-        model, subfolder="unet", variant=args.variant, dtype=weight_dtype, **where,
-        **quantization(args.quantize_base, weight_dtype),
-    )  # fmt: skip
-    return tokenizers, text_encoders, vae, unet
+def load_unet(args, weight_dtype):
+    """Returns the U-Net in `weight_dtype`, its linear layers quantized (QLoRA, arXiv 2305.14314) if asked for."""
+    options = {"dtype": weight_dtype, "variant": args.variant}
+    if args.quantize_base == "nf4":
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=weight_dtype
+        )
+    elif args.quantize_base == "int8":  # a threshold would make a sample's result depend on the rest of its batch
+        options["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return UNet2DConditionModel.from_pretrained(args.pretrained_model_name_or_path, **where(args, "unet", **options))
 
 
 def load_sampler(args):
     """Returns the scheduler that the model is sampled with, for validation."""
-    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    name = DDPMScheduler.load_config(model, subfolder="scheduler", **where).get("_class_name", "DDPMScheduler")
-    return getattr(diffusers, name).from_pretrained(model, subfolder="scheduler", **where)
+    model = args.pretrained_model_name_or_path
+    name = DDPMScheduler.load_config(model, **where(args, "scheduler")).get("_class_name", "DDPMScheduler")
+    return getattr(diffusers, name).from_pretrained(model, **where(args, "scheduler"))
 
 
-def make_pipeline(args, model_index, tokenizers, text_encoders, vae, unet):
+# What belongs to the family of models
+
+
+def family_problem(unet):
+    """Returns why a U-Net's configuration is not one of SD 1.5 or 2.x, "" if it is."""
+    if unet.get("addition_embed_type") == "text_time":
+        return "this is an SDXL model, see train_inversion_dpo_sdxl.py; this script aligns SD 1.5 and 2.x"
+    kinds = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+    kinds = [kind for kind in kinds if unet.get(kind)]
+    return f"its U-Net has a {kinds[0]}, which SD 1.5 and 2.x do not have" if kinds else ""
+
+
+def load_tokenizers(args):
+    """Returns the tokenizers."""
+    return [CLIPTokenizer.from_pretrained(args.pretrained_model_name_or_path, **where(args, "tokenizer"))]
+
+
+def load_encoders(args, weight_dtype):
+    """Returns text encoders and VAE, in `weight_dtype` and frozen."""
+    model, options = args.pretrained_model_name_or_path, {"variant": args.variant, "dtype": weight_dtype}
+    text_encoder = CLIPTextModel.from_pretrained(model, **where(args, "text_encoder", **options))
+    vae_path, vae_options = vae_location(args)
+    vae = AutoencoderKL.from_pretrained(vae_path, dtype=weight_dtype, **vae_options)
+    return [text_encoder.requires_grad_(False).eval()], vae.requires_grad_(False).eval()
+
+
+def make_pipeline(args, pipeline_config, tokenizers, text_encoders, vae, unet):
     """Returns a pipeline of the loaded models, for validation."""
-    return StableDiffusionPipeline(
+    return diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoders[0], tokenizer=tokenizers[0], unet=unet, scheduler=load_sampler(args),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
-def collate(examples, tokenizers, model_index):
-    """Returns a batch of B pairs: pixel_values (2B, 3, H, W), winners first, uniforms (M, B), and lists."""
-    return {
-        "visits": [example["visit"] for example in examples],
-        "strength": torch.tensor([example["strength"] for example in examples]),
-        "is_tie": torch.tensor([example["is_tie"] for example in examples]),
-        "rows": [example["row"] for example in examples],
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples], dim=1).flatten(0, 1),
-        "input_ids": tokenize(tokenizers, [example["caption"] for example in examples]),
-        "empty_input_ids": tokenize(tokenizers, [""] * len(examples)),
-        "uniforms": torch.stack([example["uniforms"] for example in examples], dim=1),
-        "bad_rows": [bad_row for example in examples for bad_row in example["bad_rows"]],
-        "cut_captions": cut_captions(tokenizers, examples),
-    }
-
-
 @torch.no_grad()
-def encode_prompts(text_encoders, input_ids, batch):
-    """Returns the U-Net's conditioning (2B, ...), for the winners and the losers, of token ids (B, L)."""
+def encode_prompts(text_encoders, batch, pipeline_config):
+    """Returns the U-Net's conditioning (2B, ...), for the winners and the losers of a batch."""
     text_encoder = text_encoders[0]
-    embeds = text_encoder(to_device(input_ids[0], text_encoder.device))[0]
+    embeds = text_encoder(to_device(batch["input_ids"][0], text_encoder.device))[0]
     return {"encoder_hidden_states": torch.cat([embeds, embeds])}
 
 
@@ -530,113 +431,11 @@ def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, w
     return noise_from_model_output(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
 
 
-def model_digest(args):
-    """Returns a hash of the model's files, see `files_digest`; of a model on the Hub, of its commit."""
-    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    parts = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    _, commit = UNet2DConditionModel.load_config(model, subfolder="unet", return_commit_hash=True, **where)
-    vae_path, vae_where = vae_location(args)
-    _, vae_commit = AutoencoderKL.load_config(vae_path, return_commit_hash=True, **vae_where)
-    return digest(
-        files_digest(model, parts) if is_local(model) else commit,
-        files_digest(vae_path, [vae_where.get("subfolder", "")]) if is_local(vae_path) else vae_commit,
-        args.variant,
-    )
+# The run
 
 
-def open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype):
-    """Returns the cache; raises ValueError or OSError if it cannot be written or the disk has no room for it."""
-    settings = {
-        "pipeline": PIPELINE_CLASS.__name__,
-        "model": model_digest(args),
-        "other_vae": args.pretrained_vae_model_name_or_path is not None,
-        "dtype": str(weight_dtype),
-        "allow_tf32": args.allow_tf32,
-        "force_zeros_for_empty_prompt": model_index.get("force_zeros_for_empty_prompt"),
-    }
-    inversion = {
-        "prediction_type": noise_scheduler.config.prediction_type,
-        "alphas_cumprod": digest(noise_scheduler.alphas_cumprod.double().numpy().tobytes()),
-        "steps": inversion_steps(args),
-        "order": args.inversion_order,
-        "spacing": args.inversion_spacing,
-        "guidance_scale": args.inversion_guidance_scale,
-        "quantize_base": args.quantize_base,
-    }
-    visit_settings = {
-        **settings,
-        "resolution": args.resolution,
-        "min_image_size": args.min_image_size,
-        **({} if args.cache_latents else inversion),
-    }
-    return InversionCache(
-        args.inversion_cache_dir, settings, visit_settings, training_timesteps,
-        args.cached_timesteps, args.cache_latents,
-    )  # fmt: skip
-
-
-def cache_size(args, pairs, weight_dtype):
-    """Returns the numbers of visits and of captions in the full cache, at most, and the bytes of one of each.
-
-    Every caption is counted, as if no two were alike.
-    """
-    model, where = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    unet = UNet2DConditionModel.load_config(model, subfolder="unet", **where)
-    vae_path, vae_where = vae_location(args)
-    vae = AutoencoderKL.load_config(vae_path, **vae_where)
-    side = args.resolution // 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    latents = 2 * 4 * vae.get("latent_channels", 4) * side**2  # float32, winner and loser
-    pooled = unet.get("projection_class_embeddings_input_dim") or 0
-    text = (77 * unet.get("cross_attention_dim", 1280) + pooled) * weight_dtype.itemsize  # CLIP reads 77 tokens
-    draws = args.cached_timesteps
-    if args.cache_latents and not args.random_crop:  # latents differ by their flip alone
-        draws = min(draws, 1 + args.random_flip)
-    kept = 1 if args.cache_latents else 1 + timesteps_per_pair(args)
-    captions = min(args.cached_timesteps, pairs.max_captions)
-    return len(pairs) * draws, len(pairs) * captions, kept * latents + CACHE_OVERHEAD, text + CACHE_OVERHEAD
-
-
-def create_optimizer(args, parameters, visits_per_update):
-    """Returns AdamW over the LoRA's parameters, in 8 bit if asked for, else in one kernel where there is one."""
-    optimizer_class = partial(torch.optim.AdamW, fused=parameters[0].device.type in ("cpu", "cuda"))
-    if args.use_8bit_adam:
-        import bitsandbytes as bnb
-
-        optimizer_class = bnb.optim.AdamW8bit
-    return optimizer_class(
-        parameters,
-        lr=args.learning_rate * (visits_per_update if args.scale_lr else 1),
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-
-
-def main(argv=None):
-    args, error = parse_args(argv)
-    num_targets = timesteps_per_pair(args)
-    options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
-    try:
-        check_launcher(os.environ)
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        check_output_dir(args.output_dir, checkpoint)
-        noise_scheduler, model_index = load_noise_scheduler(args), load_model_index(args)
-        training_timesteps = allowed_timesteps(args, noise_scheduler)
-        pairs = load_pairs(args)
-        if checkpoint:
-            check_resumed_run(checkpoint, pairs.num_pairs, options, FREE_ON_RESUME)
-        train_dataset = PreferenceDataset(
-            pairs, args.resolution, num_targets, args.seed,
-            args.random_crop, args.random_flip, args.proportion_empty_prompts, args.min_image_size,
-            args.preference_strength_scale if args.preference_strength == "margin" else None,
-        )  # fmt: skip
-        train_dataset[0, pairs.sample(1, args.seed)[0]]  # finds out before the models load whether a pair is readable
-        repo_id = None
-        if args.push_to_hub and not args.dry_run and not args.precompute_only:
-            repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
-    except (ValueError, RuntimeError) as problem:
-        error(str(problem))
-
+def start(args, error):
+    """Returns the accelerator and the dtype of the frozen weights; sets up logging, seeds and precision."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -644,473 +443,392 @@ def main(argv=None):
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
         ),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],  # while one process draws
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],  # while one process samples
     )
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         error("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
-    try:
-        if args.compile:
-            check_compiler(accelerator.device)
-        if args.quantize_base:
-            check_quantization(accelerator.device)
-    except ValueError as problem:
-        error(str(problem))
+    if args.quantize_base and accelerator.device.type not in ("cuda", "xpu"):
+        error(f"--quantize_base {args.quantize_base} needs a GPU, which this run does not have")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     if args.hub_token:
-        logger.warning(
-            "--hub_token: launchers print the command line if a run fails; HF_TOKEN or `hf auth login` are safer"
-        )
-    if args.inversion_guidance_scale > 1:
-        logger.warning("--inversion_guidance_scale above 1 makes the inversion inexact: its error triples at 2")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        logger.warning("--hub_token: launchers print the command line if a run fails; `hf auth login` is safer")
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     set_seed(args.seed)
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-    visits_per_update = args.train_batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
-    step, visit = (checkpoint.step, checkpoint.visit) if checkpoint else (0, 0)
-    max_train_steps = args.max_train_steps
-    if max_train_steps is None:
-        visits_to_go = max(0, args.num_train_epochs * pairs.num_pairs - visit)
-        max_train_steps = step + math.ceil(visits_to_go / visits_per_update)
 
-    cache, report = None, {}
-    if args.inversion_cache_dir:
-        num_visits, num_captions, visit_bytes, caption_bytes = cache_size(args, pairs, weight_dtype)
-        try:
-            cache = open_cache(args, noise_scheduler, model_index, training_timesteps, weight_dtype)
-            free = shutil.disk_usage(args.inversion_cache_dir).free
-        except (OSError, ValueError) as problem:
-            error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
-        missing = max(0, num_visits - cache.num_visits())
-        if not args.precompute_only:
-            missing = min(missing, (max_train_steps - step) * visits_per_update)
-        needed = num_visits * visit_bytes + num_captions * caption_bytes
-        to_come = missing * visit_bytes + min(missing, num_captions) * caption_bytes
-        logger.info(
-            f"The cache takes at most {needed / GIB:.2f} GiB when it is full, {to_come / GIB:.2f} are to come; "
-            f"the folder holds {cache.size() / GIB:.2f}"
-        )
-        if to_come > free:
-            error(
-                f"--inversion_cache_dir {args.inversion_cache_dir} has {free / GIB:.2f} GiB free; needed: "
-                f"{to_come / GIB:.2f}, less with a lower --cached_timesteps"
-            )
-        if args.dry_run:
-            logger.warning(
-                "A dry run computes what the cache would give: its seconds are those of updates without one"
-            )
-            cache = None
-            if accelerator.is_main_process:
-                sizes = {"GiB at most": needed / GIB, "GiB to come": to_come / GIB, "GiB free": free / GIB}
-                report_dry_run(args.output_dir, report, cache=sizes)
-        train_dataset.cache = cache
+def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs):
+    """Returns the cache of the targets with this run's settings, the same in all processes."""
+    names = ["resolution", "random_crop", "random_flip", "proportion_empty_prompts", "tie_policy", "seed"]
+    names += ["variant", "allow_tf32", "quantize_base", *(name for name in vars(args) if name.endswith("_column"))]
+    settings = {
+        "pipeline": PIPELINE,
+        "model": fingerprints,
+        "configs": [{k: v for k, v in config.items() if not k.startswith("_")} for config in configs],
+        "dtype": str(weight_dtype),
+        "data": [pairs.fingerprint, len(pairs)],
+        "timesteps": [timesteps_per_pair(args), int(timesteps[0]), int(timesteps[-1]), args.timesteps_subset],
+        "inversion_steps": None if args.objective == "diffusion_dpo" else inversion_steps(args),
+        **{name: getattr(args, name) for name in names},
+    }
+    settings = broadcast_object_list([settings])[0]  # `datasets` may tell processes different fingerprints
+    return TargetCache(args.inversion_cache_dir, settings)
 
-    try:
-        tokenizers, text_encoders, vae, unet = load_models(args, weight_dtype)
-    except Exception as problem:  # damaged files fail in many kinds
-        model = args.pretrained_model_name_or_path
-        error(f"--pretrained_model_name_or_path {model} cannot be loaded: {one_line(problem)}")
-    stay = () if vae is None or args.offload else (*text_encoders, vae)
-    for module in (unet, *stay):
-        module.to(accelerator.device)
-    lora_parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
 
-    batches = pairs.batches(
-        args.train_batch_size, args.seed, 0 if args.precompute_only else visit,
-        checkpoint.stream if checkpoint else None, accelerator.process_index, accelerator.num_processes,
+def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note, stop):
+    """Computes the targets that this process's share of the cache lacks; returns whether a signal came first."""
+    items = [((3, place, draw), place) for place, draw in missing]
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    is_hidden = not batches or not accelerator.is_local_main_process
+    for batch in tqdm(load(batch_sampler=batches), total=len(batches), desc="Caching", disable=is_hidden):
+        not_finite = cache.save(batch["keys"], find_targets(batch))
+        cache.unusable |= {batch["keys"][i][1:] for i in not_finite}
+        note(batch["skipped"] + [(batch["rows"][i], NOT_FINITE) for i in not_finite])
+        if stop.received:
+            break
+    cache.unusable = set(gather_object(list(cache.unusable)))
+    if cache.unusable and not any(cache.folder.glob("draw-*/*.safetensors")):
+        raise RuntimeError(f"no pair can be used: {NOT_FINITE}")
+    return bool(accelerator.reduce(torch.tensor(float(stop.received), device=accelerator.device)) > 0)
+
+
+def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
+    """Returns the policy, which is the U-Net wrapped, the optimizer and the learning rate's schedule, resumed or new.
+
+    The schedule stays unprepared and takes a step with the optimizer, so it is the same for any number of processes.
+    """
+    optimizer_class = partial(torch.optim.AdamW, fused=accelerator.device.type in ("cpu", "cuda"))
+    if args.use_8bit_adam:
+        import bitsandbytes as bnb
+
+        optimizer_class = bnb.optim.AdamW8bit
+    optimizer = optimizer_class(
+        parameters, lr=args.learning_rate * (visits_per_step if args.scale_lr else 1),
+        betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
     )  # fmt: skip
-    collate_rows = partial(collate, tokenizers=tokenizers, model_index=model_index)
-    if cache:
-        collate_rows = partial(collate_cached, collate=collate_rows, tokenizers=tokenizers)
-    dataloader = torch.utils.data.DataLoader(
-        train_dataset,
-        batch_sampler=batches,
-        collate_fn=collate_rows,
-        worker_init_fn=leave_signals_to_the_main_process,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-
-    optimizer = create_optimizer(args, lora_parameters, visits_per_update)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
-    # The schedule stays unprepared and is stepped once per update, so it is the same for any number of processes.
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler)
-    policy, base = unet, unwrap_model(accelerator, unet)  # gradients are reduced through the wrapper only
-    register_lora_checkpointing(accelerator, base, PIPELINE_CLASS)
-    if args.compile:  # in place, so that reference and policy, wrapped or not, both are; a graph per mode and batch
-        base.compile(dynamic=False)
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
+        last_epoch=checkpoint.good_steps - 1 if checkpoint else -1,
+    )  # fmt: skip
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    policy, prepared_optimizer = accelerator.prepare(unet, optimizer)
+    register_lora_checkpointing(accelerator, unet, LORA_LOADER)
     if checkpoint:
         accelerator.load_state(checkpoint.folder)
-        accelerator.step = 0  # checkpoints lie between updates, whatever the accumulation was
+        accelerator.step = 0  # checkpoints lie between steps, whatever the accumulation was
+        for group, setting in zip(optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # by this command's options, not by the checkpoint's
         logger.info(f"Resuming from {checkpoint.folder}")
-    if args.report_to != "none" and not args.dry_run and not args.precompute_only:
-        config = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in options.items()
-        }
-        accelerator.init_trackers("inversion-dpo", config=config)
+    return policy, prepared_optimizer, lr_scheduler
 
-    prediction_type = noise_scheduler.config.prediction_type
-    alphas_cumprod = noise_scheduler.alphas_cumprod  # on the CPU, where the inverter plans its steps
-    alphas_cumprod_on_device = alphas_cumprod.to(accelerator.device)
+
+def make_validation(args, accelerator, *parts):
+    """Returns what samples the validation prompts, None if there are none; `parts` are those of `make_pipeline`."""
+    if not args.validation_prompts or not accelerator.is_main_process:
+        return None
+    sampling = {
+        "height": args.resolution, "width": args.resolution, "num_inference_steps": args.validation_inference_steps,
+        "guidance_scale": args.validation_guidance_scale,
+    }  # fmt: skip
+    return Validation(
+        make_pipeline(args, *parts), Path(args.output_dir) / VALIDATION_DIR, args.validation_prompts,
+        range(args.seed, args.seed + args.num_validation_images), sampling, accelerator.autocast, logger.warning,
+    )  # fmt: skip
+
+
+def leave(accelerator):
+    """Ends training in all processes at once; the caller has let go of the model that accelerate wrapped.
+
+    A process that takes the group down while another is at work may hang. So may one whose wrapper outlives the group.
+    """
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    args, error = parse_args(argv)
+    num_targets, output_dir = timesteps_per_pair(args), Path(args.output_dir)
+    options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
+
+    # What can be known before weights load
+    try:
+        check_launcher(os.environ)
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir, checkpoint, args.resume_from_checkpoint)
+        noise_scheduler, pipeline_config, fingerprints = read_configs(args)
+        training_timesteps = allowed_timesteps(args, noise_scheduler)
+        pairs = load_pairs(args)
+        changed = check_resumed_run(checkpoint, len(pairs), options) if checkpoint else ""
+        train_dataset = PreferenceDataset(
+            pairs, args.resolution, num_targets, args.seed,
+            args.random_crop, args.random_flip, args.proportion_empty_prompts,
+        )  # fmt: skip
+        train_dataset[(0, 0), 0]  # is there a pair that can be read?
+        repo_id = None
+        if args.push_to_hub and not args.precompute_only:
+            repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
+    except (ValueError, RuntimeError) as problem:
+        error(str(problem))
+    accelerator, weight_dtype = start(args, error)
+    warn = partial(logger.warning, main_process_only=False)  # of what this process met
+    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if changed:
+        logger.warning(f"Options that differ from the start of the run: {changed}")
+    step, visit, good_steps = (checkpoint.step, checkpoint.visit, checkpoint.good_steps) if checkpoint else (0, 0, 0)
+    visits_per_step = args.train_batch_size * accelerator.gradient_accumulation_steps * num_processes
+    visits_to_go = max(0, args.num_train_epochs * len(pairs) - visit)
+    max_train_steps = args.max_train_steps or step + math.ceil(visits_to_go / visits_per_step)
+    batches = partial(visit_batches, len(pairs), seed=args.seed)
+
+    # Models; VAE and text encoders only if something is to be encoded
+    cache, missing = None, []
+    try:
+        if args.inversion_cache_dir:
+            configs = (pipeline_config, noise_scheduler.config)
+            cache = open_cache(args, pairs, training_timesteps, weight_dtype, fingerprints, configs)
+            first, end = visit, visit + visits_per_step * max(0, max_train_steps - step)
+            if args.precompute_only:
+                first, end = 0, len(pairs) * args.cached_draws
+            visits = itertools.islice(batches(batch_size=1, visit=first, num_draws=args.cached_draws), end - first)
+            draws = list(dict.fromkeys(key[1:] for ((key, _),) in visits))
+            missing = cache.missing(draws[rank::num_processes], warn)
+        has_encoders = not cache or bool(missing or args.validation_prompts)
+        text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
+        tokenizers, base = load_tokenizers(args), load_unet(args, weight_dtype)
+    except Exception as problem:  # damaged files fail in many kinds
+        cached = f", or --inversion_cache_dir {args.inversion_cache_dir}," if args.inversion_cache_dir else ""
+        error(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}{cached} cannot be used: "
+              f"{one_line(problem)}")  # fmt: skip
+    for module in (base,) if args.offload or not has_encoders else (base, vae, *text_encoders):
+        module.to(device)
+    del module  # which would keep a text encoder in memory
+    lora_parameters = add_lora(base, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
+    if args.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        base.enable_xformers_memory_efficient_attention()
+    if args.compile:  # blocks share their code: policy, reference and every shape count against one limit
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
+        base.compile_repeated_blocks()
+
+    # The parts of a step
+    prediction_type, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
+    chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
 
     def predict(model, x_t, timesteps, cond):
         with accelerator.autocast():
-            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod_on_device, prediction_type, weight_dtype)
+            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod, prediction_type, weight_dtype)
 
-    def predict_guided(x_t, timesteps, cond, empty_cond):
-        """The inverter's predictions; with guidance, conditional and unconditional ones in one call."""
-        scale = args.inversion_guidance_scale
-        if scale == 1:
-            return predict(base, x_t, timesteps, cond)
-        cond = map_condition(lambda x, empty: torch.cat([x, empty]), cond, empty_cond)
-        noise, unconditional = predict(base, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), cond).chunk(2)
-        return unconditional + scale * (noise - unconditional)
+    def errors(model, x_t, targets, chunk):
+        """A model's errors (m, 2B) at a chunk of the targets, in one call."""
+        x_t, timesteps, noise = x_t[chunk], targets.timesteps[chunk], targets.noise[chunk]
+        cond = {name: value.repeat(len(x_t), *[1] * (value.ndim - 1)) for name, value in targets.cond.items()}
+        predicted = predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
+        return prediction_error(predicted, noise).where(targets.usable, 0.0)
 
-    def predict_targets(model, trajectory, chunk, cond):
-        """A model's predictions (m, 2B, C, h, w) at a chunk of a trajectory's targets, in one call."""
-        x_t, timesteps = trajectory.latents[chunk], trajectory.timesteps[chunk]
-        cond = map_condition(lambda x: x.repeat(len(x_t), *[1] * (x.ndim - 1)), cond)
-        return predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
-
-    def encode(batch):
-        """Step 1: latents (2B, C, h, w) and conditioning (2B, ...) of a batch."""
-        nonlocal text_encoders, vae
-        if vae is None:
-            text_encoders, vae = load_encoders(args, weight_dtype)
-            for module in () if args.offload else (*text_encoders, vae):
-                module.to(accelerator.device)
-        with on_device((vae, *text_encoders), accelerator.device):
+    @torch.no_grad()
+    def find_targets(batch):
+        """Parts 1 to 3, which training does not change: a cache keeps what they find."""
+        # 1  Encode
+        with on_device((vae, *text_encoders), device):
             latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
-            cond = encode_prompts(text_encoders, batch["input_ids"], batch)
-        usable = finite_pairs(latents)  # the others count as ties, without a gradient, and are named below
+            cond = encode_prompts(text_encoders, batch, pipeline_config)
+        usable = finite_pairs(latents)
         latents = latents.where(usable[:, None, None, None], 0.0)
-        return Visits(latents, usable, cond)
-
-    def encode_empty_prompts(batch):
-        """What guidance is away from, None without guidance."""
-        if args.inversion_guidance_scale == 1:
-            return None
-        with on_device(text_encoders, accelerator.device):
-            return encode_prompts(text_encoders, batch["empty_input_ids"], batch)
-
-    def follow(visits, batch):
-        """Steps 2 and 3: the trajectory of encoded visits, and the reference's errors (M, 2B) on it."""
-        latents, usable, cond = visits[:3]
         index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
-        timesteps = training_timesteps[index].repeat(1, 2)  # (M, 2B), shared by winner and loser
+        timesteps, reference_noise = training_timesteps[index].repeat(1, 2), None  # shared by winner and loser
 
-        # 2  Invert with the reference; the baseline takes forward noise instead
+        # 2  Invert, by default with the reference; the baseline takes forward noise instead
         if args.objective == "diffusion_dpo":
-            timesteps = to_device(timesteps, latents.device)
-            noise = forward_noise(batch["visits"], args.seed, (num_targets, *latents.shape[1:]))
-            noise = to_device(noise, latents.device)
-            x_t = add_noise(latents, noise, timesteps, alphas_cumprod_on_device)
-            trajectory = Trajectory(timesteps, x_t, noise, None)
+            noise = to_device(forward_noise(batch["keys"], args.seed, (num_targets, *latents.shape[1:])), device)
         else:
             by_reference = args.inversion_model == "reference"
             with reference_policy(base) if by_reference else contextlib.nullcontext():
                 trajectory = invert(
-                    partial(predict_guided, cond=cond, empty_cond=encode_empty_prompts(batch)),
-                    latents, timesteps, alphas_cumprod, inversion_steps(args),
-                    order=args.inversion_order, spacing=args.inversion_spacing,
-                    predict_at_targets=by_reference and args.inversion_guidance_scale == 1,
+                    partial(predict, base, cond=cond), latents, timesteps, alphas_cumprod, inversion_steps(args),
+                    predict_at_targets=by_reference,
                 )  # fmt: skip
+            noise, reference_noise = trajectory.noise, trajectory.predicted
 
-        # 3  Errors (M, 2B) of the reference at the trajectory's states, known from the inversion if it inverted
-        reference_noise = trajectory.predicted
-        if reference_noise is None:
-            with torch.no_grad(), reference_policy(base):
-                reference_noise = torch.cat([predict_targets(base, trajectory, chunk, cond) for chunk in chunks])
-        reference_error = prediction_error(reference_noise, trajectory.noise).where(usable, 0.0)
-        return visits._replace(trajectory=trajectory._replace(predicted=None), reference_error=reference_error)
+        # 3  The reference's errors at the targets, known from the inversion if the reference inverted
+        strength, is_tie = to_device(batch["strength"], device), to_device(batch["is_tie"], device)
+        targets = Targets(latents, to_device(timesteps, device), noise, None, usable, strength, is_tie, cond)
+        if reference_noise is not None:
+            reference_error = prediction_error(reference_noise, noise).where(usable, 0.0)
+        else:
+            x_t = add_noise(latents, noise, targets.timesteps, alphas_cumprod)
+            with reference_policy(base):
+                reference_error = torch.cat([errors(base, x_t, targets, chunk) for chunk in chunks])
+        return targets._replace(reference_error=reference_error)
 
-    def compute_entries(batch):
-        """What a cache keeps of a batch."""
-        return encode(batch) if args.cache_latents else follow(encode(batch), batch)
-
-    chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
-    metrics, known = (checkpoint.metrics, checkpoint[-2:]) if checkpoint else ([], ({}, {}))
-    warn_of_row = partial(logger.warning, main_process_only=False)
-    bad_rows = RowLog(warn_of_row, "is skipped", known[0])
-    long_captions = RowLog(warn_of_row, "has its caption cut", known[1])
-    damaged_shards = RowLog(warn_of_row, "of the cache is damaged, what it held is computed again", {})
-
-    def note_unusable(names, usable):
-        lost = [name for name, is_usable in zip(names, usable, strict=False) if not is_usable]
-        bad_rows.add([(name, "latents not finite: the VAE overflows") for name in lost])
-
-    def note(batch, usable=()):
-        """Counts and names what was met in a batch's rows and in the cache."""
-        bad_rows.add(batch["bad_rows"])
-        note_unusable(batch["rows"], usable)
-        long_captions.add(batch["cut_captions"])
-        if cache:
-            damaged_shards.add([shard for cached in batch["cached"] for shard in cached.damaged])
-            damaged_shards.add(list(cache.damaged.items()))
-
-    def reasons_of_all_processes():
-        return [dict(gather_object(list(log.reasons.items()))) for log in (bad_rows, long_captions)]
-
-    def warn_of_skipped(reasons):
-        """Returns how many rows were skipped for each reason, and says so."""
-        skipped = count_by_reason(reasons.values())
-        for reason, count in skipped.items():
-            logger.warning(f"{count} rows were skipped for {reason}")
-        return skipped
-
-    validation = None
-    if args.validation_prompts and accelerator.is_main_process and not args.dry_run:
-        sampling = {
-            "height": args.resolution, "width": args.resolution,
-            "num_inference_steps": args.validation_inference_steps, "guidance_scale": args.validation_guidance_scale,
-        }  # fmt: skip
-        pipeline = make_pipeline(args, model_index, tokenizers, text_encoders, vae, base)
-        validation = Validation(
-            pipeline, Path(args.output_dir) / VALIDATION_DIR, args.validation_prompts, args.num_validation_images,
-            args.seed, sampling, accelerator.autocast, logger.warning,
-        )  # fmt: skip
-    means, stop, is_stopping = RunningMeans(), StopSignal(logger.warning), False
-    if args.precompute_only:
-        num_batches = math.ceil(
-            args.cached_timesteps * pairs.num_pairs / (visits_per_update // args.gradient_accumulation_steps)
+    # Data, and the cache before the loop
+    skipped, stop = dict(checkpoint.skipped) if checkpoint else {}, StopSignal(logger.warning)
+    note = partial(note_skipped, skipped=skipped, warn=warn)
+    load = partial(
+        torch.utils.data.DataLoader, num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
+    )  # fmt: skip
+    load_data = partial(load, train_dataset, collate_fn=partial(collate, tokenizers=tokenizers))
+    if cache:
+        is_stopping = fill_cache(
+            accelerator, cache, missing, args.train_batch_size, load_data, find_targets, note, stop
         )
-        to_do = tqdm(
-            itertools.islice(dataloader, num_batches), total=num_batches, desc="Batches",
-            disable=not accelerator.is_local_main_process,
+        logger.info(f"The cache {cache.folder} {'is not filled yet' if is_stopping else 'holds what this run reads'}")
+        if is_stopping or args.precompute_only:
+            stop.restore()
+            leave(accelerator)
+            sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
+        load_data = partial(load, cache, collate_fn=collate_targets)
+    dataloader = load_data(
+        batch_sampler=batches(
+            args.train_batch_size,
+            visit=visit,
+            process_index=rank,
+            num_processes=num_processes,
+            num_draws=args.cached_draws if cache else None,
         )  # fmt: skip
-        started = time.monotonic()
-        is_filled = fill_cache(cache, to_do, compute_entries, note, accelerator, stop)
-        stop.restore()
-        accelerator.wait_for_everyone()
-        logger.info(
-            f"{'Filled' if is_filled else 'Stopped filling'} the cache after {time.monotonic() - started:.0f} s: "
-            f"{cache.size() / GIB:.3f} GiB in {args.inversion_cache_dir}"
-        )
-        skipped = reasons_of_all_processes()[0]
-        warn_of_skipped(skipped)
-        policy = unet = None  # the wrapper goes before the group of processes
-        leave_together(accelerator)
-        if len(skipped) > args.max_bad_fraction * len(pairs):
-            raise RuntimeError(
-                f"--max_bad_fraction is {args.max_bad_fraction:g}, but {len(skipped)} of {len(pairs)} pairs cannot be "
-                "used; the cache holds the others"
-            )
-        if not is_filled:
-            sys.exit(128 + (stop.received or signal.SIGTERM))
-        return
-    data = ", ".join(f"{count} {name}" for name, count in pairs.counts().items())
-    logger.info(
-        f"{data or 'a stream of pairs'}; {max_train_steps} updates of {visits_per_update} pairs; {args.objective} at "
-        f"{num_targets} timesteps a pair in {training_timesteps[0]}..{training_timesteps[-1]}; "
-        f"{sum(parameter.numel() for parameter in lora_parameters):,} trainable parameters"
     )
-    last_step, times = max_train_steps, []
-    if args.dry_run:
-        last_step = step + DRY_RUN_UPDATES
-        if accelerator.is_main_process:
-            examples = [train_dataset[i, item] for i, item in enumerate(pairs.sample(8, args.seed))]
-            draw_contact_sheet(examples).save(Path(args.output_dir) / CONTACT_SHEET_FILE)
-            data = inspect_pairs(train_dataset, tokenizers, args.max_bad_fraction)
-            report_dry_run(args.output_dir, report, data=data)
-            if "problem" in data:
-                error(data["problem"])
-    progress = tqdm(total=last_step, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+
+    # Optimizer, trackers, validation
+    policy, optimizer, lr_scheduler = prepare_training(
+        args, accelerator, base, lora_parameters, checkpoint, max_train_steps, visits_per_step
+    )
+    if args.report_to != "none":
+        config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
+        accelerator.init_trackers("inversion-dpo", config=config)
+    validation = make_validation(args, accelerator, pipeline_config, tokenizers, text_encoders, vae, base)
+    if cache and not validation:
+        text_encoders = vae = None
+    if accelerator.is_main_process:
+        cut_metrics(output_dir / METRICS_FILE, step)
+    logger.info(
+        f"Pairs: {len(pairs)}; ties in the data: {pairs.num_ties}; rows without a usable label: {pairs.num_unusable}; "
+        f"steps: {max_train_steps} of {visits_per_step} pairs; {args.objective}; timesteps per pair: {num_targets}, "
+        f"{training_timesteps[0]} to {training_timesteps[-1]}; parameters: {sum(p.numel() for p in lora_parameters):,}"
+    )
+    progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
+    means, usable_rows, bad_steps_in_a_row = RunningMeans(), [], 0
     policy.train()
-    good_steps = bad_steps = bad_steps_in_a_row = 0
 
-    usable_rows, num_bad_rows, first_visit = [], 0, visit
-    for batch in dataloader if step < last_step else []:
-        note(batch)
-        means.add(bad_rows=torch.tensor(float(len(batch["bad_rows"])), device=accelerator.device))
+    for batch in dataloader if step < max_train_steps else ():
+        note(batch["skipped"])
         with accelerator.accumulate(policy):
-            # 1  Encode, 2 invert, 3 find the reference's errors; a cache has all of these, or the first, from before
-            if cache:
-                visits = join_visits(cache.complete(batch, compute_entries), alphas_cumprod_on_device)
-            else:
-                visits = encode(batch)
-            if visits.trajectory is None:
-                visits = follow(visits, batch)
-            usable_rows.append((batch["rows"], visits.usable))
-            device = accelerator.device
-            strength = to_device(batch["strength"], device) if args.preference_strength == "margin" else None
-            is_tie = to_device(batch["is_tie"], device) if args.tie_policy == "soft" else None
+            targets = send_to_device(batch["targets"], device, non_blocking=True) if cache else find_targets(batch)
+            x_t = add_noise(targets.latents, targets.noise, targets.timesteps, alphas_cumprod)
+            usable_rows.append((batch["rows"], targets.usable))
 
-            # 4  Errors of the policy at the same states, chunk by chunk, and the loss
-            def policy_error(chunk, visits=visits):
-                noise = predict_targets(policy, visits.trajectory, chunk, visits.cond)
-                return prediction_error(noise, visits.trajectory.noise[chunk]).where(visits.usable, 0.0)
-
-            def loss_of(policy_error, visits=visits, strength=strength, is_tie=is_tie):
-                reference_error = visits.reference_error
+            # 4  The policy's errors at the same states, and the DPO loss
+            def loss_of(policy_error, targets=targets):
+                reference_error = targets.reference_error
                 means.add(policy_error=policy_error, reference_error=reference_error)
                 if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
                     policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
                 loss, metrics = preference_loss(
                     policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing,
-                    strength, is_tie,
+                    targets.strength, targets.is_tie if args.tie_policy == "soft" else None,
                 )  # fmt: skip
                 means.add(loss=loss, **metrics)
                 return loss.mean()
 
             backward_in_chunks(
-                [partial(policy_error, chunk) for chunk in chunks],
+                [partial(errors, policy, x_t, targets, chunk) for chunk in chunks],
                 loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
             )  # fmt: skip
             if not accelerator.sync_gradients:
                 continue
 
-            # Once per update: clip, look at the metrics, step
+            # Once per step: clip, look at the metrics, update
             means.add(grad_norm=accelerator.clip_grad_norm_(lora_parameters, args.max_grad_norm))
-            means.add(stop=torch.full((), stop.received > 0, device=accelerator.device))  # a tensor's copy would wait
+            means.add(stop=torch.full((), stop.received > 0, device=device))  # a tensor's copy would wait
             means.add(usable=torch.cat([usable for _, usable in usable_rows]))
             logs = means.pop(accelerator)
-            is_stopping = logs.pop("stop") > 0
-            usable_share = logs.pop("usable")
-            num_bad_rows += logs.pop("bad_rows") * visits_per_update / args.train_batch_size
-            if usable_share < 1:
-                for names, usable in usable_rows:
-                    note_unusable(names, usable.tolist())
-            usable_rows.clear()
+            is_stopping, usable_share = logs.pop("stop") > 0, logs.pop("usable")
             is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
-            if usable_share and (not is_bad or accelerator.scaler is not None):
-                optimizer.step()  # a loss scaler skips bad steps by itself, and must see them to adapt
-            elif accelerator.scaler is not None:
+            if not is_bad:
+                optimizer.step()
+            elif accelerator.scaler is not None:  # of a loss in half precision, which adapts to bad steps
                 accelerator.scaler.update()
             optimizer.zero_grad()
 
-        step, visit = step + 1, visit + visits_per_update
-        good_steps, bad_steps = good_steps + (not is_bad), bad_steps + is_bad
+        step, visit, good_steps = step + 1, visit + visits_per_step, good_steps + (not is_bad)
+        logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": step - good_steps}
         bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
-        logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": bad_steps}
-        metrics.append({"step": step, **logs})
-        if is_stopping or step % args.log_every == 0 or step == max_train_steps:
-            accelerator.log(mean_metrics(metrics[-((step - 1) % args.log_every + 1) :]), step=step)
         if not is_bad:
             lr_scheduler.step()
+        if usable_share < 1:
+            flags = [(row, ok) for rows, usable in usable_rows for row, ok in zip(rows, usable.tolist(), strict=False)]
+            note((row, NOT_FINITE) for row, ok in flags if not ok)
+        usable_rows.clear()
+        accelerator.log(logs, step=step)
+        if accelerator.is_main_process:
+            add_metrics(output_dir / METRICS_FILE, step, logs)
         progress.update()
-        times.append(time.perf_counter())
         progress.set_postfix_str(
             f"loss={logs['loss']:.4f}, acc={logs['rewards/accuracies']:.2f}, margin={logs['rewards/margins']:.3f}"
         )
-        if bad_steps_in_a_row >= args.max_bad_steps:
-            culprit, remedy = "loss or gradient were not finite", "a lower --learning_rate, or bf16 instead of fp16"
-            if not usable_share:
-                culprit, remedy = "no latents were finite", "another precision or --pretrained_vae_model_name_or_path"
-            raise RuntimeError(
-                f"{culprit} for {bad_steps_in_a_row} updates in a row; the LoRA and the last checkpoint are "
-                f"as they were before. Try {remedy}"
-            )
-        if exceeds(num_bad_rows, args.max_bad_fraction, visit - first_visit + num_bad_rows):
-            reasons = list_reasons(reasons_of_all_processes()[0].values())
-            num_rows = round(visit - first_visit + num_bad_rows)
-            raise RuntimeError(
-                f"--max_bad_fraction is {args.max_bad_fraction:g}, but of {num_rows} rows read so far clearly more "
-                f"cannot be used: {reasons}"
-            )
-        if good_steps == 10 and is_zero_lora(base):
-            raise RuntimeError(
-                "after 10 updates the LoRA is still zero, so nothing is learned: is the learning rate above 0, "
-                f"and do winner and loser differ? (lr {lr_scheduler.get_last_lr()[0]}, grad_norm {logs['grad_norm']})"
-            )
-        is_due = is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps
-        if is_due and not args.dry_run:
-            folder = Path(args.output_dir) / f"checkpoint-{step}"
-            reasons = reasons_of_all_processes()
-            reached = Checkpoint(
-                folder, step, visit, pairs.num_pairs, options, metrics, batches.position(visit), *reasons
-            )
+        if bad_steps_in_a_row == MAX_BAD_STEPS:
+            reason = "loss or gradient are not finite" if usable_share else NOT_FINITE
+            remedy = "a lower --learning_rate, another --mixed_precision or --pretrained_vae_model_name_or_path"
+            raise RuntimeError(f"{MAX_BAD_STEPS} bad steps in a row: {reason}. Try {remedy}")
+        if good_steps == 10 and not any(value.any() for name, value in base.named_parameters() if "lora_B" in name):
+            raise RuntimeError("after 10 steps the LoRA is still zero: do winner and loser differ in any pair?")
+        if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
+            folder = output_dir / f"checkpoint-{step}"
+            known = dict(gather_object(list(skipped.items())))
+            reached = Checkpoint(folder, step, visit, good_steps, len(pairs), options, known)
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
-            if cache:
-                cache.flush()
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
-            log_pictures(accelerator, validation.draw(step), step)
-        if is_stopping or step >= last_step:
+            log_pictures(accelerator, validation.sample(step), step)
+        if is_stopping or step == max_train_steps:
             break
 
+    # Results
     progress.close()
     stop.restore()
-    is_unfinished, push_failed = is_stopping and step < last_step, False
-    skipped, cut = reasons_of_all_processes()
-    skipped = warn_of_skipped(skipped)
-    if cut:
-        logger.warning(f"{len(cut)} captions were longer than what is read")
-    if bad_steps:
-        logger.warning(f"{bad_steps} updates were skipped, their loss or gradient was not finite")
-    if args.dry_run and accelerator.is_main_process and not is_unfinished:
-        if args.objective != "diffusion_dpo":
-            with reference_policy(base):
-                errors = reconstruction_errors(
-                    partial(predict_guided, cond=visits.cond, empty_cond=encode_empty_prompts(batch)),
-                    visits.latents, training_timesteps, alphas_cumprod, num_steps=inversion_steps(args),
-                    order=args.inversion_order, spacing=args.inversion_spacing,
-                )  # fmt: skip
-            report_dry_run(args.output_dir, report, inversion={"relative error of going there and back, from": errors})
-        seconds = min(after - before for before, after in itertools.pairwise(times))
-        updates = max_train_steps - step + len(times)
-        cost = {
-            "trainable parameters": sum(parameter.numel() for parameter in lora_parameters),
-            "peak memory": peak_memory(),
-            "seconds an update": seconds,
-            "updates": updates,
-            "hours": seconds * updates / 3600,
-        }
-        report_dry_run(args.output_dir, report, training=cost)
-    if is_unfinished:
+    skipped, exit_code = dict(gather_object(list(skipped.items()))), 0
+    if skipped or step > good_steps:
+        logger.warning(f"Skipped rows: {len(skipped)}, skipped steps: {step - good_steps}")
+    if step < max_train_steps:
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
-    elif accelerator.is_main_process and not args.dry_run:
-        logger.info(f"Saved {save_lora(base, args.output_dir, PIPELINE_CLASS)}")
-        files = validation.draw(step) if validation else []
+        exit_code = 128 + (stop.received or signal.SIGTERM)  # as a shell reports a signal
+    elif accelerator.is_main_process:
+        logger.info(f"Saved {save_lora(base, output_dir, LORA_LOADER)}")
+        files = validation.sample(step) if validation else []
         log_pictures(accelerator, files, step)
+        command = shlex.join([Path(sys.argv[0]).name, *argv])
         record = {
-            "command": command_line([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)]),
-            "pipeline": PIPELINE_CLASS.__name__,
-            "updates": step,
-            "pairs_per_update": visits_per_update,
-            "processes": accelerator.num_processes,
+            "command": command.replace(args.hub_token, "...") if args.hub_token else command,
+            "pipeline": PIPELINE,
+            "steps": step,
+            "pairs_per_step": visits_per_step,
+            "processes": num_processes,
             "mixed_precision": accelerator.mixed_precision,
             "data": {
-                **pairs.counts(),
-                **{f"rows skipped while training for {r}": n for r, n in skipped.items()},
-                "captions cut": len(cut),
-            },  # fmt: skip
-            "metrics": final_metrics(metrics),
-            "versions": versions(),
+                "pairs": len(pairs),
+                "ties in the data": pairs.num_ties,
+                "rows skipped": len(skipped) + pairs.num_unusable,
+            },
             "options": options,
         }
-        pictures = dict(
-            zip(args.validation_prompts or [], (f"{VALIDATION_DIR}/{f.name}" for f in files), strict=False)
-        )
-        write_results(args.output_dir, record, metrics, pictures, repo_id, args.hub_token)
-        if repo_id:
-            try:
-                push_to_hub(repo_id, args.output_dir, args.hub_token)
-            except RuntimeError as problem:
-                logger.error(problem)
-                push_failed = True
-            else:
+        names = [f"{VALIDATION_DIR}/{file.name}" for file in files]
+        pictures = dict(zip(args.validation_prompts or (), names, strict=False))
+        write_results(output_dir, record, pictures, repo_id)
+        try:
+            if repo_id:
+                push_to_hub(repo_id, output_dir, args.hub_token)
                 logger.info(f"Pushed to {repo_id}")
-    policy = unet = None  # the wrapper goes before the group of processes
-    leave_together(accelerator)
-    if is_unfinished:
-        sys.exit(128 + (stop.received or signal.SIGTERM))  # as a shell reports a signal
-    if push_failed:
-        sys.exit(1)
-
-
-def unwrap_model(accelerator, model):
-    """Returns the model inside the wrappers of accelerate and torch.compile."""
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model
+        except RuntimeError as problem:
+            logger.error(problem)
+            exit_code = 1
+    policy = None  # the wrapper goes before the group of processes
+    leave(accelerator)
+    if exit_code:
+        sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Measure what a training step costs, for each method, in one run: seconds, memory, model calls, share of its floor.
+"""Measure what a training step costs, for each method, in one run: seconds, memory, model calls, overhead.
 
     python examples/benchmark.py --model tiny
     python examples/benchmark.py --model sd15 --resolution 256
     python examples/benchmark.py --model sdxl --mixed_precision bf16
 
 Runs the real training script on a model with random weights, method after method, round after round, so that a busy
-machine slows all alike; the fastest step of each counts, the median stands beside it in the JSON. Two rivals run in a
-loop of their own, on the same models, batches and optimizer, made of the script's own functions:
+machine slows all alike. The fastest step of each counts; the median stands beside it. Two rivals run in a loop of
+their own, on the same models, batches and optimizer, made of the script's own functions:
 
     published_inpo           DDIM-InPO's released step: the policy inverts without guidance, with eta 0.1, in
                              --inpo_steps calls, then policy and reference at one timestep a pair
@@ -15,110 +15,87 @@ loop of their own, on the same models, batches and optimizer, made of the script
                              policy kept until one backward; the text is encoded four times
 
 The second is timed, not trained: where policy and reference are equal, as at the start, its gradient is exactly zero.
-Both put winner and loser, conditional and unconditional into one call, as our objectives do.
+Both put winner and loser, conditional and unconditional into one call, as our objectives do. The cached methods fill
+their cache before the first step; their steps read it from the disk.
 
-The cached methods read from the disk what was computed before, and have neither text encoder nor VAE in memory.
-
-Two floors tell how much of a step could not be saved. The FLOP floor: the floating-point operations of the model calls
-that a method needs, forward and backward, counted, at the rate that a plain matrix product reaches on this device, in
-the run's precision, in the same run. (A call that is made twice to save memory is needed once.) The call floor: every
-model call that the step makes, at the fastest time of that call made by itself. Overhead is what is neither U-Net,
-VAE, text encoder, backward nor optimizer, in one more step whose parts are timed apart.
+Peak memory is that of the measured steps: on a GPU of all tensors, on a CPU of the whole process (Linux only).
+Overhead is the share of a step that is neither U-Net, VAE, text encoder, backward nor optimizer; it is measured in one
+more step, in which the device waits for each of them.
 """
 
 import argparse
+import ctypes
 import gc
-import io
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from datasets import Dataset
+from benchmark_input import write_pairs
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from estimate_memory import DTYPES, FAMILIES, VAE, peak_memory, reset_peak_memory, synchronize
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from train_small_world import make_text_encoder, make_tokenizer, make_unet, make_vae
-from transformers import CLIPTextConfig
+from train_small_world import MAX_TOKENS, make_text_encoder, make_tokenizer, make_unet, make_vae
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_inversion_dpo  # noqa: E402
-import train_inversion_dpo_sdxl  # noqa: E402
-from inversion_utils import (  # noqa: E402
+import train_inversion_dpo
+import train_inversion_dpo_sdxl
+from inversion_utils import (
     PreferenceDataset,
-    VisitBatches,
     add_lora,
     alpha_sigma,
-    map_condition,
+    collate,
+    load_pairs,
     number,
     prediction_error,
     preference_loss,
     reference_policy,
     sample_timesteps,
     versions,
+    visit_batches,
 )
 
-RESOLUTIONS = {"tiny": 64, **{name: family.resolution for name, family in FAMILIES.items()}}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 CALLS = ("predict_noise", "encode_images", "encode_prompts")  # the script's functions that call a model
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter does not know
-CPU_ATTENTION_FLOPS = {
-    CPU_ATTENTION: lambda q, k, v, *args, **kwargs: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda grad, q, k, v, *args, **kwargs: sdpa_backward_flop_count(grad, q, k, v),
-}  # fmt: skip
-
-
-def default_methods():
-    return [name for name in METHODS if name not in ON_REQUEST]
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    count = number(int, least=1)
+    count, default_methods = number(int, least=1), [name for name in METHODS if name not in ON_REQUEST]
     add = parser.add_argument
-    add("--model", choices=RESOLUTIONS, default="tiny", help="Size of the random model")
-    add("--resolution", type=int, help="Pixels of a side (64 for tiny, 512 for sd15, 1024 for sdxl)")
-    add("--train_batch_size", type=count, default=1, help="Pairs a step")
-    add("--mixed_precision", default="no", choices=DTYPES)
-    add("--rounds", type=count, default=3, help="More: less noise")
-    add("--steps", type=count, default=2, help="Measured steps per round and method")
-    add(
-        "--methods", nargs="+", choices=METHODS, default=default_methods(),
-        help="Rows of the table; all but the compiled ones if not given",
-    )  # fmt: skip
-    add("--inpo_steps", type=count, default=10, help="Calls of the inversion in published_inpo; its authors take 10")
-    add(
-        "--inversion_dpo_steps", type=count, default=40,
-        help="Nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
-        "of two rows of ours: inverting as many, four of them trained, and training all",
-    )  # fmt: skip
-    add("--output", help="Also write the figures to this new file, as JSON")
+    add("--model", choices=FAMILIES, default="tiny", help="size of the random model")
+    add("--resolution", type=int, help="pixels of a side (64 for tiny, 512 for sd15, 1024 for sdxl)")
+    add("--train_batch_size", type=count, default=1, help="pairs a step")
+    add("--mixed_precision", default="no", choices=DTYPES, help="of the frozen parts")
+    add("--rounds", type=count, default=3, help="runs of each method; more are steadier")
+    add("--steps", type=count, default=2, help="measured steps of each run; more are steadier")
+    add("--methods", nargs="+", choices=METHODS, default=default_methods, help="rows (all but 'inpo, compiled')")
+    add("--inpo_steps", type=count, default=10, help="calls of published_inpo's inversion; its authors take 10")
+    add("--inversion_dpo_steps", type=number(int, least=4), default=40,
+        help="nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
+        "of two rows of ours: inverting as many, four of them trained, and training all")  # fmt: skip
+    add("--output", help="also write the figures to this new file, as JSON")
     args = parser.parse_args(argv)
-    args.resolution = RESOLUTIONS[args.model] if args.resolution is None else args.resolution
+    args.resolution = FAMILIES[args.model].resolution if args.resolution is None else args.resolution
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution is {args.resolution}; allowed: multiples of 8, the VAE's factor")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if args.mixed_precision == "fp16" and DEVICE == "cpu":
         parser.error("--mixed_precision fp16 needs a GPU, which this machine does not have; use bf16 or no")
-    if "inversion_dpo, as many nodes" in args.methods and args.inversion_dpo_steps < 4:
-        parser.error(
-            f"--inversion_dpo_steps is {args.inversion_dpo_steps}; allowed: 4 and above, for the targets of "
-            "'inversion_dpo, as many nodes', or leave that out of --methods"
-        )
     if args.output and not Path(args.output).resolve().parent.is_dir():
         parser.error(f"--output {args.output}: no such folder")
     if args.output and Path(args.output).exists():
@@ -129,53 +106,62 @@ def parse_args(argv=None):
 # 1  Models and data
 
 
-def make_modules(family, tokenizer, weight_dtype):
-    """Returns text encoders, VAE and U-Net of a family with random weights, made in the dtype that they keep."""
-    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+class Family(NamedTuple):
+    """Models of one size: callables that make them with random weights, and for what they are made.
+
+    SDXL's VAE overflows in half precision and stays in float32.
+    """
+
+    resolution: int
+    max_tokens: int
+    text_encoders: list[Callable[[], torch.nn.Module]]
+    vae: Callable[[], torch.nn.Module]
+    unet: Callable[[], torch.nn.Module]
+    has_float32_vae: bool = False
+
+
+def make_clip(kind, hidden_size, num_layers, num_heads, **options):
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, **options}
+    return kind(CLIPTextConfig(num_hidden_layers=num_layers, num_attention_heads=num_heads, **sizes))
+
+
+make_clip_l = partial(make_clip, CLIPTextModel, 768, 12, 12)
+make_clip_g = partial(make_clip, CLIPTextModelWithProjection, 1280, 32, 20, projection_dim=1280)
+make_full_vae = partial(
+    AutoencoderKL, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+make_sd15_unet = partial(UNet2DConditionModel, sample_size=64, cross_attention_dim=768)
+make_sdxl_unet = partial(
+    UNet2DConditionModel, sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+FAMILIES = {
+    "tiny": Family(64, MAX_TOKENS, [lambda: make_text_encoder(make_tokenizer())], make_vae, make_unet),
+    "sd15": Family(512, 77, [make_clip_l], make_full_vae, make_sd15_unet),
+    "sdxl": Family(1024, 77, [make_clip_l, make_clip_g], make_full_vae, make_sdxl_unet, has_float32_vae=True),
+}
+
+
+def make_frozen(kind, dtype):
+    """Returns a model made in the dtype that it keeps, not in float32 first, which would need twice the memory."""
     usual = torch.get_default_dtype()
-
-    def make(dtype, kind, *args, **kwargs):
-        torch.set_default_dtype(dtype)  # never in float32 first: that would need twice the memory
-        try:
-            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-                return kind(*args, **kwargs)
-        finally:
-            torch.set_default_dtype(usual)
-
-    text_encoders = [
-        make(weight_dtype, kind, CLIPTextConfig(**config, **tokens)) for kind, config in family.text_encoders
-    ]
-    vae = make(torch.float32 if family.has_float32_vae else weight_dtype, AutoencoderKL, **VAE)
-    return text_encoders, vae, make(weight_dtype, UNet2DConditionModel, **family.unet)
-
-
-def build_models(model, weight_dtype):
-    """Returns tokenizers, text encoders, VAE and U-Net as `load_models` of the script does, with random weights."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    if model == "tiny":
-        text_encoders, vae, unet = [make_text_encoder(tokenizer)], make_vae(), make_unet()
-        for module in (*text_encoders, vae, unet):
-            torch.nn.Module.to(module, weight_dtype)
-    else:
-        tokenizer.model_max_length = 77
-        text_encoders, vae, unet = make_modules(FAMILIES[model], tokenizer, weight_dtype)
-    for module in (*text_encoders, vae, unet):
-        module.requires_grad_(False).eval()
-    return [tokenizer] * len(text_encoders), text_encoders, vae, unet
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(DEVICE):
+            return kind().requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(usual)
 
 
-def write_pairs(folder, resolution, num_pairs):
-    """Writes pairs of random images."""
-    rng = np.random.default_rng(0)
-
-    def image():
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (resolution, resolution, 3), dtype=np.uint8)).save(file, "PNG")
-        return file.getvalue()
-
-    rows = [{"jpg_0": image(), "jpg_1": image(), "label_0": 1.0, "caption": "a red circle"} for _ in range(num_pairs)]
-    Dataset.from_list(rows).to_parquet(Path(folder) / "train.parquet")
+def make_encoders(family, weight_dtype):
+    """Returns text encoders and VAE."""
+    vae_dtype = torch.float32 if family.has_float32_vae else weight_dtype
+    return [make_frozen(kind, weight_dtype) for kind in family.text_encoders], make_frozen(family.vae, vae_dtype)
 
 
 # 2  The rivals
@@ -191,24 +177,21 @@ class Models(NamedTuple):
     unet: torch.nn.Module
     alphas_cumprod: torch.Tensor
     weight_dtype: torch.dtype
-    vae_encode_batch_size: int
 
     def encode_images(self, batch):
-        return self.script.encode_images(self.vae, batch["pixel_values"], self.vae_encode_batch_size)
+        return self.script.encode_images(self.vae, batch["pixel_values"], 8)  # the script's --vae_encode_batch_size
 
-    def encode_prompts(self, batch, name="input_ids"):
-        return self.script.encode_prompts(self.text_encoders, batch[name], batch)
+    def encode_prompts(self, batch):
+        return self.script.encode_prompts(self.text_encoders, batch, {})
 
     def predict(self, x_t, t, cond):
         """Returns the noise prediction (N, C, h, w) at x_t and one t for all; within `reference_policy`, its one."""
         timesteps = torch.full((len(x_t),), int(t), device=x_t.device)
         with self.accelerator.autocast():
-            return self.script.predict_noise(
-                self.unet, x_t, timesteps, cond, self.alphas_cumprod, "epsilon", self.weight_dtype
-            )
+            return self.script.predict_noise(self.unet, x_t, timesteps, cond, None, "epsilon", self.weight_dtype)
 
     def predict_guided(self, x_t, t, cond, empty_cond, scale=2.0):
-        both = map_condition(lambda x, empty: torch.cat([x, empty]), cond, empty_cond)
+        both = {name: torch.cat([cond[name], empty_cond[name]]) for name in cond}
         noise, unconditional = self.predict(torch.cat([x_t, x_t]), t, both).chunk(2)
         return unconditional + scale * (noise - unconditional)
 
@@ -255,20 +238,19 @@ def published_inversion_dpo(models, batch, num_steps, beta=2000.0):
     Policy and reference are compared with each other at every node, with weights 1 / (2 abar_t), each at the latent of
     the level below. Their distance is least where they are equal, so there the gradient is exactly zero.
     """
-    abar, unet = models.alphas_cumprod, models.unet
-    x, states = models.encode_images(batch), []
-    nodes = even_nodes(len(abar) - 1, num_steps)
-    cond, empty_cond = models.encode_prompts(batch), models.encode_prompts(batch, "empty_input_ids")
+    latents, abar, unet = models.encode_images(batch), models.alphas_cumprod, models.unet
+    x, states, distances, nodes = latents, [], [], even_nodes(len(abar) - 1, num_steps)
+    captions = batch, {**batch, **batch["empty"]}
+    conds = [models.encode_prompts(texts) for texts in captions]
     with torch.no_grad(), reference_policy(unet):
         for p, q in pairwise(nodes):
             states.append(x)
-            x = ddim_inversion_step(x, models.predict_guided(x, q, cond, empty_cond), p, q, abar)
-    cond, empty_cond = models.encode_prompts(batch), models.encode_prompts(batch, "empty_input_ids")
-    distances = []
+            x = ddim_inversion_step(x, models.predict_guided(x, q, *conds), p, q, abar)
+    conds = [models.encode_prompts(texts) for texts in captions]
     for x_t, t in zip(states, nodes[1:], strict=True):
         with torch.no_grad(), reference_policy(unet):
-            reference_noise = models.predict_guided(x_t, t, cond, empty_cond)
-        policy_noise = models.predict_guided(x_t, t, cond, empty_cond)
+            reference_noise = models.predict_guided(x_t, t, *conds)
+        policy_noise = models.predict_guided(x_t, t, *conds)
         distances.append(prediction_error(policy_noise, reference_noise) / (2 * abar[t]))
     winner, loser = torch.stack(distances).mean(0).chunk(2)
     loss = -F.logsigmoid(beta / 2 * (winner - loser)).mean()
@@ -276,32 +258,33 @@ def published_inversion_dpo(models, batch, num_steps, beta=2000.0):
     return loss.detach()
 
 
+def collate_with_empty(examples, tokenizers):
+    """Returns the script's batch, and in "empty" what it would hold of empty captions."""
+    without = collate([{**example, "caption": ""} for example in examples], tokenizers)
+    return {**collate(examples, tokenizers), "empty": {name: without[name] for name in ("input_ids", "is_empty")}}
+
+
 def train_rival(script, options, step, end_step):
-    """Trains as the script does with these options, by another step; `end_step` is called after each update."""
-    args, _ = script.parse_args(options)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    pairs, noise_scheduler = script.load_pairs(args), script.load_noise_scheduler(args)
-    weight_dtype = DTYPES[args.mixed_precision]
-    tokenizers, text_encoders, vae, unet = script.load_models(args, weight_dtype)
-    for module in (*text_encoders, vae, unet):
-        module.to(accelerator.device)
-    parameters = add_lora(unet, args.rank, args.lora_alpha or args.rank)
-    optimizer = script.create_optimizer(args, parameters, args.train_batch_size)
+    """Trains as the script does with these options, by another step; `end_step` is called after each."""
+    args, error = script.parse_args(options)
+    accelerator, weight_dtype = script.start(args, error)
+    text_encoders, vae = script.load_encoders(args, weight_dtype)
+    tokenizers, unet = script.load_tokenizers(args), script.load_unet(args, weight_dtype)
+    parameters, pairs = add_lora(unet, args.rank, args.rank), load_pairs(args)
     dataloader = torch.utils.data.DataLoader(
-        PreferenceDataset(pairs, args.resolution, 1, args.seed, False, False, 0.0),
-        batch_sampler=VisitBatches(len(pairs), args.train_batch_size, args.seed),
-        collate_fn=partial(script.collate, tokenizers=tokenizers, model_index={}),
-        pin_memory=accelerator.device.type == "cuda",
+        PreferenceDataset(pairs, args.resolution, 1, args.seed),
+        batch_sampler=visit_batches(len(pairs), args.train_batch_size, args.seed),
+        collate_fn=partial(collate_with_empty, tokenizers=tokenizers),
+        pin_memory=DEVICE == "cuda",
     )
-    unet, optimizer = accelerator.prepare(unet, optimizer)
-    unet.train()
-    abar = noise_scheduler.alphas_cumprod.to(accelerator.device)
-    models = Models(
-        script, accelerator, text_encoders, vae, unet, abar, weight_dtype, args.vae_encode_batch_size
-    )  # fmt: skip
-    batches = iter(dataloader)
-    for _ in range(args.max_train_steps):
-        step(models, next(batches))
+    policy, optimizer, _ = script.prepare_training(
+        args, accelerator, unet, parameters, None, args.max_train_steps, args.train_batch_size
+    )
+    policy.train()
+    abar = script.read_configs(args)[0].alphas_cumprod
+    models = Models(script, accelerator, text_encoders, vae, policy, abar, weight_dtype)
+    for _, batch in zip(range(args.max_train_steps), dataloader, strict=False):
+        step(models, batch)
         accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -315,10 +298,10 @@ class Method(NamedTuple):
     """A row of the table.
 
     Attributes:
-        options: the training script's; "{folder}" in them becomes a new, empty folder, "{nodes}" the benchmark's
+        options: the training script's; "{folder}" in them becomes the run's own folder, "{nodes}" the benchmark's
             --inversion_dpo_steps.
         rival: (benchmark's options) -> a step (models, batch) instead of the script's own, or None.
-        warmup: updates that come before the measured ones. An update visits each pair once.
+        warmup: steps that come before the measured ones.
     """
 
     options: list[str]
@@ -326,49 +309,37 @@ class Method(NamedTuple):
     warmup: int = 1
 
 
-CACHED = ["--inversion_cache_dir", "{folder}", "--cached_timesteps", "1"]  # filled beforehand
-ON_REQUEST = ("inpo, compiled",)  # on a CPU compiling takes many minutes
+CACHED = ["--inversion_cache_dir", "{folder}/cache", "--cached_draws", "1"]
+AS_MANY_NODES = ["--objective", "inversion_dpo", "--inversion_steps", "{nodes}"]
+ON_REQUEST = ("inpo, compiled",)  # compiling takes minutes on a CPU
 
 METHODS = {
     "diffusion_dpo": Method(["--objective", "diffusion_dpo"]),
     "inpo": Method(["--objective", "inpo"]),
     "inversion_dpo": Method(["--objective", "inversion_dpo"]),
     "inversion_dpo, chunks of 1": Method(["--objective", "inversion_dpo", "--trajectory_chunk", "1"]),
-    "inversion_dpo, as many nodes": Method(["--objective", "inversion_dpo", "--inversion_steps", "{nodes}"]),
+    "inversion_dpo, as many nodes": Method(AS_MANY_NODES),
     "inversion_dpo, all nodes": Method(
-        [
-            "--objective",
-            "inversion_dpo",
-            "--timesteps_per_pair",
-            "{nodes}",
-            "--inversion_steps",
-            "{nodes}",
-            "--trajectory_chunk",
-            "1",
-        ]
+        [*AS_MANY_NODES, "--timesteps_per_pair", "{nodes}", "--trajectory_chunk", "1"]
     ),
+    "diffusion_dpo, cached": Method(["--objective", "diffusion_dpo", *CACHED]),
     "inpo, cached": Method(["--objective", "inpo", *CACHED]),
     "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED]),
-    "diffusion_dpo, cached latents": Method(["--objective", "diffusion_dpo", "--cache_latents", *CACHED]),
     "inpo, compiled": Method(["--objective", "inpo", "--compile"], warmup=2),
     "published_inpo": Method([], lambda args: partial(published_inpo, num_steps=args.inpo_steps)),
     "published_inversion_dpo": Method(
         [], lambda args: partial(published_inversion_dpo, num_steps=args.inversion_dpo_steps)
     ),
-}
+}  # fmt: skip
 
 
 class Call(NamedTuple):
-    """A kind of model call: the script's function, on how many images or captions, and whether with a backward."""
+    """A kind of model call: the script's function, on how many images or captions, and for what."""
 
     function: str
     size: int
     with_gradient: bool
     is_reference: bool
-
-    def __str__(self):
-        how = ", with backward" if self.with_gradient else ", reference" if self.is_reference else ""
-        return f"{self.function} x{self.size}{how}"
 
 
 def is_reference(unet):
@@ -377,43 +348,28 @@ def is_reference(unet):
     return layer is not None and layer.disable_adapters
 
 
-def repeat(function, arguments, call, autocast):
-    """Makes a call of the script again, with its backward where it had one, under `autocast` as it was."""
-    device_type, enabled, dtype = autocast
-    with (
-        torch.set_grad_enabled(call.with_gradient),
-        reference_policy(arguments[0]) if call.is_reference else nullcontext(),
-    ):
-        with torch.autocast(device_type, dtype, enabled=enabled):
-            result = function(*arguments)
-        if call.with_gradient:
-            result.square().mean().backward()
-
-
 class Probe:
-    """Stands in for a script's model calls until closed: counts them, keeps a way to repeat them, times steps.
+    """Stands in for a script's model calls until closed: counts them, and takes the time of steps.
 
     Args:
         script: the training script, a module.
-        on_step: called with the number of updates made, at the end of each, before its time is taken.
+        on_step: called with the number of steps made, at the end of each, before its time is taken.
 
     Attributes:
         calls: how often each kind of `Call` was made.
-        repeats: a way to make a call of each kind again.
         started: time of the first call.
-        step_ends: (time, calls until then) at the end of each update.
-        seconds: what was spent in each part while `is_timing_parts`, which makes the device wait for every call.
+        step_ends: (time, calls until then) at the end of each step.
+        seconds: what was spent in parts of the step while `is_timing_parts`, when the device waits for each.
     """
 
     def __init__(self, script=train_inversion_dpo, on_step=lambda step: None):
-        self.calls, self.repeats, self.step_ends, self.seconds = Counter(), {}, [], Counter()
-        self.started = None
-        self.is_timing_parts = False
-        self._script, self._on_step, self._patches = script, on_step, ExitStack()
+        self.calls, self.step_ends, self.seconds = Counter(), [], 0.0
+        self.started, self.is_timing_parts = None, False
+        self._on_step, self._patches = on_step, ExitStack()
         for name in CALLS:
-            self.replace(script, name, self._counted(name, getattr(script, name)))
-        self.replace(Accelerator, "backward", self._timed("backward", Accelerator.backward))
-        self.replace(AcceleratedOptimizer, "step", self._timed("optimizer", AcceleratedOptimizer.step))
+            self.replace(script, name, self._counted(name, self._timed(getattr(script, name))))
+        self.replace(Accelerator, "backward", self._timed(Accelerator.backward))
+        self.replace(AcceleratedOptimizer, "step", self._timed(AcceleratedOptimizer.step))
         pop = script.RunningMeans.pop
 
         def pop_and_end_step(means, accelerator):
@@ -433,33 +389,22 @@ class Probe:
         self._patches.callback(setattr, where, name, getattr(where, name))
         setattr(where, name, value)
 
-    def _timed(self, name, function):
+    def _timed(self, function):
         def call(*args, **kwargs):
             if not self.is_timing_parts:
                 return function(*args, **kwargs)
-            synchronize()
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            synchronize()
-            self.seconds[name] += time.perf_counter() - started
+            seconds, result = timed(partial(function, *args, **kwargs))
+            self.seconds += seconds
             return result
 
         return call
 
     def _counted(self, name, function):
-        timed = self._timed(name, function)
-
         def call(module, inputs, *rest):
-            self.started = self.started or time.perf_counter()
-            is_unet = name == "predict_noise"
-            size = len(inputs[0] if name == "encode_prompts" else inputs)  # of captions there are ids per encoder
-            kind = Call(name, size, is_unet and torch.is_grad_enabled(), is_unet and is_reference(module))
-            self.calls[kind] += 1
-            if kind not in self.repeats:
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-                self.repeats[kind] = partial(repeat, function, (module, inputs, *rest), kind, autocast)
-            return timed(module, inputs, *rest)
+            self.started, is_unet = self.started or time.perf_counter(), name == "predict_noise"
+            size = len(inputs["is_empty"] if name == "encode_prompts" else inputs)
+            self.calls[Call(name, size, is_unet and torch.is_grad_enabled(), is_unet and is_reference(module))] += 1
+            return function(module, inputs, *rest)
 
         return call
 
@@ -467,26 +412,22 @@ class Probe:
         self._patches.close()
 
 
-class Round(NamedTuple):
-    """What one run of a method gave: the measured steps' seconds, calls a step, and the rest as in `figures`."""
+class Run(NamedTuple):
+    """What one run of a method gave: the measured steps' seconds, and a step's calls, overhead and GiB."""
 
     seconds: list[float]
     calls: dict[Call, float]
-    call_floor: float
     overhead: float
     memory: float
 
 
-def measure(args, method, folder, flops):
-    """Runs a method for its warm-up, the measured steps and one more whose parts are timed; returns a `Round`.
-
-    Args:
-        flops: counted floating-point operations by kind of `Call`, to which those of new kinds are added.
-    """
+def measure(args, method, folder):
+    """Runs a method: warm-up, the measured steps, and one more whose parts are timed."""
     gc.collect()  # the models of the method before
     script = train_inversion_dpo_sdxl if args.model == "sdxl" else train_inversion_dpo
-    last = method.warmup + args.steps
-    memory = 0.0
+    family, tokenizer = FAMILIES[args.model], make_tokenizer()
+    tokenizer.model_max_length = family.max_tokens
+    last, memory = method.warmup + args.steps, math.nan
 
     def on_step(step):
         nonlocal memory
@@ -499,119 +440,90 @@ def measure(args, method, folder, flops):
 
     probe = Probe(script, on_step)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    probe.replace(script, "load_noise_scheduler", lambda script_args: scheduler)
-    probe.replace(script, "load_model_index", lambda script_args: {})
-
-    def load_models(script_args, weight_dtype):
-        tokenizers, text_encoders, vae, unet = build_models(args.model, weight_dtype)
-        if script_args.inversion_cache_dir and not script_args.precompute_only:
-            text_encoders, vae = (), None  # as in the script; all is in the cache
-        return tokenizers, text_encoders, vae, unet
-
-    probe.replace(script, "load_models", load_models)
-    probe.replace(script, "model_digest", lambda script_args: "random")
-    probe.replace(script, "cache_size", lambda script_args, pairs, weight_dtype: (0, 0, 0, 0))
+    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, ["random"]))
+    probe.replace(script, "load_tokenizers", lambda script_args: [tokenizer] * len(family.text_encoders))
+    probe.replace(script, "load_encoders", lambda script_args, dtype: make_encoders(family, dtype))
+    probe.replace(script, "load_unet", lambda script_args, dtype: make_frozen(family.unet, dtype))
+    output_dir = tempfile.mkdtemp(dir=folder)
     options = [
-        "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--report_to", "none",
-        "--output_dir", tempfile.mkdtemp(dir=folder), "--resolution", str(args.resolution),
+        "--pretrained_model_name_or_path", folder, "--train_data_dir", f"{folder}/pairs", "--report_to", "none",
+        "--output_dir", output_dir, "--resolution", str(args.resolution),
         "--train_batch_size", str(args.train_batch_size), "--max_train_steps", str(last + 1),
         "--checkpointing_steps", str(last + 1), "--mixed_precision", args.mixed_precision,
-        *(
-            option.format(folder=tempfile.mkdtemp(dir=folder), nodes=args.inversion_dpo_steps)
-            for option in method.options
-        ),
+        *(option.format(folder=output_dir, nodes=args.inversion_dpo_steps) for option in method.options),
     ]  # fmt: skip
     try:
         if method.rival:
             train_rival(script, options, method.rival(args), probe.end_step)
         else:
-            if "--inversion_cache_dir" in options:  # so that the measured steps read it from the disk
-                script.main([*options, "--precompute_only"])
-                probe.repeats.clear()  # they keep the models of that run
-                gc.collect()
             script.main(options)
-        ends, counts = zip(*probe.step_ends, strict=True)
-        seconds = [later - earlier for earlier, later in pairwise(ends[method.warmup - 1 : last])]
-        made = counts[last - 1] - counts[method.warmup - 1]
-        calls = {call: count / args.steps for call, count in made.items()}
-        overhead = 1 - sum(probe.seconds.values()) / (ends[last] - ends[last - 1])
-        call_floor = sum(count * fastest(probe.repeats[call]) for call, count in calls.items())
-        for call in calls.keys() - flops.keys():
-            flops[call] = count_flops(probe.repeats[call])
     finally:
         probe.close()
-    return Round(seconds, calls, call_floor, overhead, memory)
+    ends, counts = zip(*probe.step_ends, strict=True)
+    made = counts[last - 1] - counts[method.warmup - 1]
+    return Run(
+        seconds=[later - earlier for earlier, later in pairwise(ends[method.warmup - 1 : last])],
+        calls={call: count / args.steps for call, count in made.items()},
+        overhead=1 - probe.seconds / (ends[last] - ends[last - 1]),
+        memory=memory,
+    )
 
 
-def fastest(call, repeats=2):
-    """Seconds of a call, the fastest of a few."""
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        started = time.perf_counter()
-        call()
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times)
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
-def count_flops(call):
-    """Returns the floating-point operations of a call's matrix products, convolutions and attention."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
-        call()
-    return counter.get_total_flops()
+def timed(call):
+    """Returns the seconds of a call, until the device is done, and its result."""
+    synchronize()
+    started = time.perf_counter()
+    result = call()
+    synchronize()
+    return time.perf_counter() - started, result
 
 
-def matmul_rate(dtype):
-    """Returns the floating-point operations a second of a plain product of square matrices, the best of some sizes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = []
-    for size in (2048, 4096, 8192) if device == "cuda" else (512, 1024):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * size**3 / fastest(partial(torch.mm, a, b), repeats=3))
-    return max(rates)
+def reset_peak_memory():
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR_REFS.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, for which the next measured would have to pay
+        CLEAR_REFS.write_text("5")  # the peak resident set starts anew
 
 
-def is_needed(method, call):
-    """Whether a method's result depends on such a call.
+def peak_memory():
+    """Returns GiB since the last reset: of the GPU's tensors, or else of the process; NaN where neither is known."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if not CLEAR_REFS.exists():
+        return math.nan
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**20
 
-    The script's policy goes without a gradient to save memory only: chunk after chunk, before each comes with one.
-    """
-    by_policy = call.function == "predict_noise" and not call.is_reference and not call.with_gradient
-    return bool(method.rival) or "--inversion_model" in method.options or not by_policy
+
+# 4  The table
 
 
-def figures(method, rounds, flops, rate, batch_size):
-    """Returns what the table and the JSON say of a method.
+def figures(runs, batch_size):
+    """Returns what the table and the JSON say of a method; model calls are counted per image."""
+    times = [seconds for run in runs for seconds in run.seconds]
 
-    Args:
-        rounds: its `Round`s.
-        flops: by kind of `Call`.
-        rate: floating-point operations a second of a matrix product.
-    """
-    calls = rounds[0].calls
-    times = [seconds for one in rounds for seconds in one.seconds]
-    seconds, call_floor = min(times), min(one.call_floor for one in rounds)
-    needed = sum(count * flops[call] for call, count in calls.items() if is_needed(method, call))
-
-    def evaluations(select):
-        return sum(count * c.size for c, count in calls.items() if c.function == "predict_noise" and select(c))
+    def calls(function, is_counted=lambda call: True):
+        sizes = [count * c.size for c, count in runs[0].calls.items() if c.function == function and is_counted(c)]
+        return sum(sizes) / (2 * batch_size)
 
     return {
-        "seconds": seconds,
+        "seconds": min(times),
         "median_seconds": statistics.median(times),
-        "pairs_per_second": batch_size / seconds,
-        "memory_gib": min(one.memory for one in rounds),
-        "reference_evaluations": evaluations(lambda call: call.is_reference),
-        "policy_evaluations": evaluations(lambda call: not call.is_reference),
-        "policy_evaluations_with_gradient": evaluations(lambda call: call.with_gradient),
-        "needed_flops": needed,
-        "flop_floor_seconds": needed / rate,
-        "flop_floor_share": needed / rate / seconds,
-        "call_floor_seconds": call_floor,
-        "call_floor_share": call_floor / seconds,
-        "overhead_share": statistics.median(one.overhead for one in rounds),
-        "calls": {str(call): count for call, count in calls.items()},
+        "pairs_per_second": batch_size / min(times),
+        "memory_gib": statistics.median(run.memory for run in runs),
+        "reference_calls": calls("predict_noise", lambda call: call.is_reference),
+        "policy_calls": calls("predict_noise", lambda call: not call.is_reference),
+        "policy_calls_with_gradient": calls("predict_noise", lambda call: call.with_gradient),
+        "vae_calls": calls("encode_images"),
+        "text_encoder_calls": calls("encode_prompts"),
+        "overhead": statistics.median(run.overhead for run in runs),
     }
 
 
@@ -619,46 +531,40 @@ def table(figures_by_method):
     """The figures in Markdown."""
     lines = [
         "| method | seconds a step | median | / diffusion_dpo | pairs a second | peak memory, GiB "
-        "| U-Net: reference / policy / of these with gradient | FLOP floor | call floor | overhead |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| U-Net calls: reference / policy / of these with gradient | overhead |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in figures_by_method.items():
         ratio = "" if row["ratio_to_diffusion_dpo"] is None else f"{row['ratio_to_diffusion_dpo']:.2f}"
-        counts = (row[f"{who}_evaluations{how}"] for who, how in
-                  (("reference", ""), ("policy", ""), ("policy", "_with_gradient")))  # fmt: skip
+        counts = (row[name] for name in ("reference_calls", "policy_calls", "policy_calls_with_gradient"))
         lines.append(
             f"| {name} | {row['seconds']:.3f} | {row['median_seconds']:.3f} | {ratio} "
             f"| {row['pairs_per_second']:.3g} | {row['memory_gib']:.2f} | {' / '.join(f'{n:g}' for n in counts)} "
-            f"| {row['flop_floor_share']:.0%} | {row['call_floor_share']:.0%} | {row['overhead_share']:.1%} |"
+            f"| {row['overhead']:.1%} |"
         )
     return "\n".join(lines)
 
 
 def main(args):
-    rounds, flops, rate = {method: [] for method in args.methods}, {}, 0.0
+    runs = {method: [] for method in args.methods}
     with tempfile.TemporaryDirectory() as folder:
-        write_pairs(folder, args.resolution, args.train_batch_size)
+        write_pairs(f"{folder}/pairs", args.resolution, args.train_batch_size)
         for _ in range(args.rounds):
-            rate = max(rate, matmul_rate(DTYPES[args.mixed_precision]))
             for method in args.methods:
-                rounds[method].append(measure(args, METHODS[method], folder, flops))
-    found = {
-        method: figures(METHODS[method], runs, flops, rate, args.train_batch_size) for method, runs in rounds.items()
-    }
+                runs[method].append(measure(args, METHODS[method], folder))
+    found = {method: figures(runs[method], args.train_batch_size) for method in args.methods}
     for row in found.values():
         baseline = found.get("diffusion_dpo")
         row["ratio_to_diffusion_dpo"] = row["seconds"] / baseline["seconds"] if baseline else None
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{args.model}, {args.resolution} px, {args.train_batch_size} pairs a step, mixed precision "
-        f"{args.mixed_precision}, {device}; a matrix product reaches {rate / 1e9:.3g} GFLOP/s\n"
+        f"{args.mixed_precision}, {device}\n"
     )
     print(table(found))
-    print("\nU-Net: evaluations of single latents a step. FLOP floor, call floor, overhead: shares of the step.")
+    print("\nU-Net calls: how often a step shows it each image.")
     if args.output:
-        record = {
-            "device": device, **vars(args), "matmul_flops_per_second": rate, "versions": versions(), "figures": found,
-        }  # fmt: skip
+        record = {"device": device, **vars(args), "versions": versions(), "figures": found}
         Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -7,10 +7,11 @@ For each preference, seed and method it samples pairs, trains a LoRA with `train
 `--` go to it), and measures the gain in mean score on held-out captions and seeds. Prints a table in Markdown and
 keeps every run in `<output_dir>/runs.json`; the same command goes on after an interruption.
 
-The cached methods fill their cache in the first epochs, with four draws of timesteps a pair, and read it from then on;
-more steps pay for it. The U-Net is counted while it runs: latents shown to it per image and update, without gradient
-(inversion and reference) and with. Seconds are from the first model call to the last update's end, filling a cache
-included, while the other workers keep the machine busy; gain per 1000 seconds is what they buy.
+The cached methods compute what their steps will read before the first step, and read it from then on. With the default
+of four draws a pair that pays from the fifth epoch on; `--cached_draws 1` after `--` makes it pay from the second. The
+U-Net is counted while it runs: how often it is shown each image of a step, without gradient (inversion and reference)
+and with. Seconds are from the first model call to the end of the last step, filling a cache included, while the other
+workers keep the machine busy; gain per 1000 seconds is what they buy.
 """
 
 import argparse
@@ -35,6 +36,7 @@ METHODS = {  # objective and timesteps per pair -> options
     "diffusion_dpo, 1": ["--objective", "diffusion_dpo"],
     "inversion_dpo, 4, cached": ["--objective", "inversion_dpo", "--inversion_cache_dir", "{lora}/cache"],
     "inpo, 1, cached": ["--objective", "inpo", "--inversion_cache_dir", "{lora}/cache"],
+    "diffusion_dpo, 1, cached": ["--objective", "diffusion_dpo", "--inversion_cache_dir", "{lora}/cache"],
     "diffusion_dpo, 4": ["--objective", "diffusion_dpo", "--timesteps_per_pair", "4"],
 }
 
@@ -74,7 +76,7 @@ def train_and_evaluate(args, preference, seed, method):
     for call, count in probe.calls.items():
         shown[call.function, call.with_gradient] += count * call.size
     record = json.loads((lora / "training_config.json").read_text())
-    images = 2 * record["updates"] * record["pairs_per_update"]
+    images = 2 * record["steps"] * record["pairs_per_step"]
     return {
         **result, "seed": seed, "method": method, "seconds": probe.step_ends[-1][0] - probe.started,
         "calls": shown["predict_noise", False] / images, "calls_with_gradient": shown["predict_noise", True] / images,

@@ -19,6 +19,7 @@ from x_t and the implied noise in one step would prove nothing: it is exact by c
 """
 
 import argparse
+import logging
 import math
 import sys
 import textwrap
@@ -26,14 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
-from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inversion_utils import (
@@ -47,7 +51,6 @@ from inversion_utils import (
     number,
     one_line,
     resize_and_crop,
-    sample_back,
 )
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -117,6 +120,19 @@ def noise_predictor(pipeline, noise_scheduler, prompt, resolution):
         )
 
     return predict
+
+
+def sample_back(predict, x_t, nodes, alphas_cumprod):
+    """Returns x_0, sampled from x_t (N, C, h, w) with a call of `predict` for every node, from the last to the first.
+
+    `nodes` are rising timesteps without repetitions; x_t is at the last of them.
+    """
+    before = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
+    sampler = DPMSolverMultistepScheduler(trained_betas=(1 - alphas_cumprod / before).tolist())
+    sampler.set_timesteps(timesteps=nodes[::-1])
+    for t in sampler.timesteps:
+        x_t = sampler.step(predict(x_t, t.to(x_t.device).expand(len(x_t))), t, x_t).prev_sample
+    return x_t
 
 
 @torch.no_grad()
@@ -193,7 +209,7 @@ def main(argv=None):
     if not Path(args.image).is_file():
         error(f"--image {args.image}: no such file")
     try:
-        image = decode_image(args.image)
+        image = decode_image(Path(args.image).read_bytes())
         noise_scheduler, resolution = read_model(args.model, args.resolution)
     except BadRow as problem:
         error(f"--image {args.image}: {one_line(problem)}")
@@ -211,7 +227,7 @@ def main(argv=None):
 
     pipeline = load_pipeline(args.model)
     predict = noise_predictor(pipeline, noise_scheduler, args.prompt, resolution)
-    pixels = resize_and_crop(image, resolution, (0.5, 0.5), flip=False).pixels
+    pixels, _ = resize_and_crop(image, resolution, (0.5, 0.5), flip=False)
     latents = encode_images(pipeline.vae, pixels[None], batch_size=1)
     timesteps = torch.tensor([timestep])
     trajectory = invert(predict, latents, timesteps, alphas_cumprod, args.num_steps)

@@ -9,6 +9,7 @@ image 1 won, 0.5 for a tie) and `caption`. Load it with `load_dataset("parquet",
 
 import argparse
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import small_world
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
+from diffusers import DiffusionPipeline
 
 SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 64}  # defaults of options and functions
 

@@ -13,11 +13,15 @@ pictures, are left out and counted.
 
 import argparse
 import gc
+import logging
+import os
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 from diffusers import DiffusionPipeline
 from make_pairs import encode_png, sample_pictures
 from pair_files import PairWriter, check_output_dir
@@ -79,15 +83,15 @@ def parse_args(argv=None):
         usage="%(prog)s --winner_model W --loser_model L --prompts FILE --output_dir O [options, see --help]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count = number(int, least=1)
+    path, count = os.path.expanduser, number(int, least=1)
     # fmt: off
     add = parser.add_argument
-    add("--winner_model", required=True, help="text-to-image pipeline of the better pictures: a Hub id or a folder")
-    add("--loser_model", required=True, help="pipeline of the worse pictures")
-    add("--winner_lora", help="LoRA on the better model: a Hub id, a folder or a file")
-    add("--loser_lora", help="LoRA on the worse model")
-    add("--prompts", required=True, help="text file with a prompt on each line")
-    add("--output_dir", required=True, help="folder for the parquet files")
+    add("--winner_model", type=path, required=True, help="pipeline of the better pictures: a Hub id or a folder")
+    add("--loser_model", type=path, required=True, help="pipeline of the worse pictures")
+    add("--winner_lora", type=path, help="LoRA on the better model: a Hub id, a folder or a file")
+    add("--loser_lora", type=path, help="LoRA on the worse model")
+    add("--prompts", type=path, required=True, help="text file with a prompt on each line")
+    add("--output_dir", type=path, required=True, help="folder for the parquet files")
     add("--num_pairs_per_prompt", type=count, default=1, help="pairs with seeds of their own; more vary more")
     add("--num_inference_steps", type=count, default=30, help="sampler steps of both models; more costs time")
     add("--guidance_scale", type=number(float, least=0), default=7.5, help="higher obeys prompts more, varies less")

@@ -10,8 +10,8 @@
 # Needs `pip install -r requirements.txt` and, for bf16, an Ampere GPU or later: append --mixed_precision=fp16 for an
 # older one. Options that you append win over those below. Number of GPUs: `accelerate config`.
 #
-# 400 updates and a fifth of the captions emptied are DDIM-InPO's settings; beta 2000, the default, is that of both
-# papers. 64 pairs an update (4 x 16; the paper has 1024) and 50 updates of warm-up are chosen for one GPU; objective,
+# 400 steps and a fifth of the captions emptied are DDIM-InPO's settings; beta 2000, the default, is that of both
+# papers. 64 pairs a step (4 x 16; the paper has 1024) and 50 steps of warm-up are chosen for one GPU; objective,
 # learning rate and rank are the script's defaults. Untested on full-size weights and on a GPU.
 set -euo pipefail
 

@@ -1,5 +1,6 @@
 """A random Stable Diffusion pipeline of a few kilobytes, preference pairs on disk, and the script run in-process."""
 
+import gc
 import io
 import json
 import os
@@ -22,12 +23,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import inversion_utils
 import train_inversion_dpo
+from inversion_utils import LORA_FILE, METRICS_FILE
 
 torch.set_num_threads(1)
+gc.freeze()  # what was imported is never garbage: each run's own collection then takes a tenth of the time
 
+ROOT = Path(train_inversion_dpo.__file__).parent
+ONE_THREAD = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # of processes that tests start
 CAPTIONS = ["a red circle", "a blue square", "a green heart", "a yellow star"]
 
 
@@ -138,6 +145,32 @@ def tiny_sdxl_model(tmp_path_factory):
     return folder
 
 
+def command_line(**options):
+    """The words of a command line: options by keyword, flags as True, lists as several words, None left out."""
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def lora(output_dir):
+    return load_file(output_dir / LORA_FILE)
+
+
+def assert_same(a, b, atol=0.0):
+    """Two state dicts hold the same weights."""
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol)
+
+
+def logged(output_dir, name):
+    """A metric of a run, a number a step."""
+    return [json.loads(line)[name] for line in (output_dir / METRICS_FILE).read_text().splitlines()]
+
+
 @pytest.fixture
 def script():
     """The training script under test; the SDXL script's tests replace it, and `tiny_model`."""
@@ -154,11 +187,7 @@ def train(script, tiny_model, pairs_dir, tmp_path):
             "pretrained_model_name_or_path": tiny_model, "train_data_dir": pairs_dir, "output_dir": output_dir,
             "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "rank": 4, "report_to": "none",
         }  # fmt: skip
-        argv = []
-        for name, value in {**defaults, **options}.items():
-            if value is not None:
-                values = [] if value is True else value if isinstance(value, list) else [value]
-                argv += [f"--{name}", *map(str, values)]
+        argv = command_line(**{**defaults, **options})
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         script.main(argv)
@@ -171,16 +200,22 @@ def train(script, tiny_model, pairs_dir, tmp_path):
 
 
 @pytest.fixture
+def without_report(monkeypatch):
+    """Spares runs the drawing of report.png, which takes as long as the rest of them."""
+    monkeypatch.setattr(inversion_utils, "plot_report", lambda *args: None)
+
+
+@pytest.fixture
 def refused(train, capsys):
-    """Runs the script with options that it must refuse, and returns the one line that it printed for it."""
+    """Runs the script with options that it must refuse, and returns the one line that follows its usage."""
 
     def run(**options):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train(**options)
         assert stop.value.code == 2
-        usage, message = capsys.readouterr().err.strip().splitlines()[-2:]
-        assert usage.startswith("usage: ")
+        *_, usage, message = capsys.readouterr().err.strip().splitlines()
+        assert usage.startswith("usage: ") and ": error: " in message
         return message.split(": error: ", 1)[1]
 
     return run
@@ -206,9 +241,10 @@ def no_models(script, monkeypatch):
     """Makes loading any weights a failure."""
 
     def load(*args, **kwargs):
-        raise AssertionError("weights were loaded")
+        pytest.fail("weights were loaded")  # which no `except Exception` catches
 
-    monkeypatch.setattr(script, "load_models", load)
+    monkeypatch.setattr(script, "load_unet", load)
+    monkeypatch.setattr(script, "load_encoders", load)
 
 
 def write_json(path, **changes):

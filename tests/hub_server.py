@@ -1,8 +1,7 @@
 """A Hub on loopback: what the Hugging Face client calls to create a model repository and upload a folder to it.
 
-It keeps what it receives in memory and answers errors with the Hub's statuses and headers. Large files take the LFS
-way, in one PUT each: a client that has hf_xet must be told HF_HUB_DISABLE_XET, for it does not fall back by itself.
-Left out: other users, data sets and spaces, branches, pull requests, .gitignore, deletions, downloads.
+It keeps what it receives in memory and answers errors with the Hub's statuses and headers. All files travel within the
+commit. Left out: LFS and Xet, checks of cards, other users, data sets, branches, pull requests, deletions, downloads.
 """
 
 import base64
@@ -11,16 +10,13 @@ import re
 import threading
 from collections import namedtuple
 from dataclasses import dataclass, field
-from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import yaml
 from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
 
 USER = "tester"
 Request = namedtuple("Request", "method path authorization")
-LARGE_FILES = re.compile(r".*\.(safetensors|bin|ckpt|pt|pth|pkl|npz|npy|parquet|zip)")
 
 
 @dataclass
@@ -30,7 +26,6 @@ class Repo:
     private: bool | None = None
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
-    sha: str = "0" * 40
 
 
 class Refusal(Exception):
@@ -42,16 +37,12 @@ class Refusal(Exception):
 
 
 class HubServer:
-    """Context manager that serves on a free port; `fail_commits`, `fail_uploads` are statuses to refuse these with.
+    """Context manager that serves on a free port; `fail_commits` is a status to refuse commits with, such as 403."""
 
-    On 408, 429, 500, 502, 503 and 504 the client repeats uploads (not commits) for 23 seconds; 403 fails at once.
-    """
-
-    def __init__(self, token="hf_token_of_tester", fail_commits=0, fail_uploads=0):
-        self.token, self.fail_commits, self.fail_uploads = token, fail_commits, fail_uploads
+    def __init__(self, token="hf_token_of_tester"):
+        self.token, self.fail_commits = token, 0
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.objects: dict[str, bytes] = {}  # large files received, by SHA-256, whether committed or not
 
     def __enter__(self):
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
@@ -71,22 +62,14 @@ class HubServer:
 
     def answer(self, request, body):
         """JSON for a request, or a Refusal."""
-        path = request.path.split("?")[0]
-        if request.method == "PUT" and path.startswith("/lfs/"):  # as storage with signed addresses: without a token
-            if self.fail_uploads:
-                raise Refusal(self.fail_uploads, "Upload refused")
-            self.objects[sha256(body).hexdigest()] = body
-            return {}
         if request.authorization != f"Bearer {self.token}":
             wrong = "credentials in Authorization header" if request.authorization else "username or password."
             raise Refusal(401, f"Invalid {wrong}")
         for method, pattern, action in ROUTES:
-            if method == request.method and (match := re.fullmatch(pattern, path)):
+            match = re.fullmatch(pattern, request.path.split("?")[0])
+            if match and method == request.method:
                 return action(self, body, *match.groups())
-        raise Refusal(404, f"Sorry, there is no {request.method} {path} here.")
-
-    def whoami(self, _):
-        return {"type": "user", "name": USER, "fullname": USER, "orgs": []}
+        raise Refusal(404, f"Sorry, there is no {request.method} {request.path} here.")
 
     def create(self, body):
         asked = json.loads(body)
@@ -108,63 +91,36 @@ class HubServer:
 
     def info(self, _, repo_id):
         repo = self.find(repo_id, write=False)
-        return {"id": repo_id, "sha": repo.sha, "private": bool(repo.private)}
+        return {"id": repo_id, "sha": "0" * 40, "private": bool(repo.private)}
 
     def check_write(self, _, repo_id):
         self.find(repo_id)
         return {}
 
-    def validate_yaml(self, body):
-        header = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", json.loads(body)["content"], re.S)
-        try:
-            metadata = yaml.safe_load(header[1]) if header else None
-        except yaml.YAMLError as error:
-            raise Refusal(400, "Invalid metadata", errors=[{"message": str(error)}]) from error
-        return {"warnings": [] if metadata else [{"message": "empty or missing yaml metadata in repo card"}]}
+    def validate_yaml(self, _):
+        return {"warnings": []}
 
     def preupload(self, body, repo_id):
-        repo, answers = self.find(repo_id), []
-        for path, size in ((file["path"], file["size"]) for file in json.loads(body)["files"]):
-            large = size > 10e6 or LARGE_FILES.fullmatch(path)
-            answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False})
-            if (old := repo.files.get(path)) is not None:  # the client does not commit what has not changed
-                answers[-1]["oid"] = (sha256(old) if large else sha1(b"blob %d\0" % len(old) + old)).hexdigest()
-        return {"files": answers}
-
-    def lfs_batch(self, body, repo_id):
         self.find(repo_id)
-        objects = json.loads(body)["objects"]
-        for item in objects:
-            if item["oid"] not in self.objects:  # no "actions" where the content is known
-                item["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{item['oid']}"}}
-        return {"transfer": "basic", "objects": objects}
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
 
     def commit(self, body, repo_id):
-        repo, files = self.find(repo_id), {}
+        repo = self.find(repo_id)
         if self.fail_commits:
             raise Refusal(self.fail_commits, "Commit refused")
-        header, *lines = map(json.loads, body.splitlines())
-        for key, value in ((line["key"], line["value"]) for line in lines):
-            if key == "file":
-                files[value["path"]] = base64.b64decode(value["content"], validate=True)
-            elif key == "lfsFile" and len(self.objects.get(value["oid"], b"")) == value["size"]:
-                files[value["path"]] = self.objects[value["oid"]]
-            else:
-                raise Refusal(400, f"Cannot commit {key} {value.get('path')}")
-        repo.files.update(files)
-        repo.commits.append(header["value"]["summary"])
-        repo.sha = sha1(repo.sha.encode() + body).hexdigest()
-        return {"success": True, "commitOid": repo.sha, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{repo.sha}"}
+        header, *lines = (json.loads(line)["value"] for line in body.splitlines())
+        repo.files |= {line["path"]: base64.b64decode(line["content"], validate=True) for line in lines}
+        repo.commits.append(header["summary"])
+        return {"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.endpoint}/{repo_id}/commit/{'1' * 40}"}
 
 
 ROUTES = [
-    ("GET", "/api/whoami-v2", HubServer.whoami),
     ("POST", "/api/repos/create", HubServer.create),
     ("POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/main)?", HubServer.info),
     ("GET", "/api/models/([^/]+/[^/]+)/auth-check/write", HubServer.check_write),
     ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", HubServer.preupload),
-    ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     ("POST", "/api/models/([^/]+/[^/]+)/commit/main", HubServer.commit),
 ]
 
@@ -187,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    do_GET = do_POST = do_PUT = respond
+    do_GET = do_POST = respond
 
     def log_message(self, *args):
         """Says nothing on stderr."""

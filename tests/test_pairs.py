@@ -1,143 +1,285 @@
 """Preference pairs: from files on disk to the examples that the loop sees."""
 
-import io
 import itertools
+import json
+import os
+import signal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import encode, pair_rows, random_image, write_parquet
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from conftest import assert_same, command_line, encode, logged, lora, pair_rows, random_image, write_parquet
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+import train_inversion_dpo
 from inversion_utils import (
     BadRow,
-    PairColumns,
     PreferenceDataset,
-    PreferencePairs,
-    RowLog,
-    Source,
-    VisitBatches,
     decode_image,
     forward_noise,
-    load_rows,
+    load_pairs,
     resize_and_crop,
+    visit_batches,
 )
 
-COLUMNS = PairColumns()
+pytestmark = pytest.mark.usefixtures("without_report")
+COLUMNS = {"image_0": "jpg_0", "image_1": "jpg_1", "label": "label_0", "caption": "caption"}
+WINNERS = {"winner_column": "jpg_0", "loser_column": "jpg_1"}
 
 
-def labelled(rows, **options):
-    return PreferencePairs(Source(Dataset.from_list(rows), "."), COLUMNS, **options)
+def pairs_in(folder, **options):
+    """The pairs that the script reads from a folder with these options."""
+    words = command_line(pretrained_model_name_or_path="m", output_dir="o", train_data_dir=folder, **options)
+    return load_pairs(train_inversion_dpo.parse_args(words)[0])
 
 
-def preferences(pairs, resolution=32, num_targets=2, seed=0, crop=False, flip=False, empty=0.0):
+def examples(pairs, resolution=32, num_targets=2, seed=0, crop=False, flip=False, empty=0.0):
     return PreferenceDataset(pairs, resolution, num_targets, seed, crop, flip, empty)
 
 
-def brightness(value):
-    return np.asarray(decode_image(value), dtype=float).mean()
+def brightness(data):
+    return np.asarray(decode_image(data), dtype=float).mean()
+
+
+def check_winners_are_bright(pairs, count):
+    assert len(pairs) == count
+    for place in range(count):
+        assert brightness(pairs[place].winner) > 127 > brightness(pairs[place].loser)
+
+
+# Labels, captions, strengths
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64", "int8", "uint8", "bool"])
+def test_the_label_says_which_image_is_better(tmp_path, kind):
+    """The rows' winners are bright, whichever column they stand in."""
+    rows = pair_rows(8)
+    assert {row["label_0"] for row in rows} == {0.0, 1.0}
+    data = Dataset.from_list(rows)
+    data.cast_column("label_0", Value(kind)).to_parquet(tmp_path / "train.parquet")
+    check_winners_are_bright(pairs_in(tmp_path), 8)
+
+
+def test_winner_and_loser_columns(tmp_path):
+    rows = [{"chosen": r["jpg_1"], "rejected": r["jpg_0"], "caption": "x"} for r in pair_rows(8) if not r["label_0"]]
+    write_parquet(rows, tmp_path)
+    check_winners_are_bright(pairs_in(tmp_path, winner_column="chosen", loser_column="rejected"), len(rows))
+
+
+def test_ties_and_rows_without_a_usable_label_or_strength_are_left_out_and_counted(tmp_path):
+    labels, strengths = (1.0, 0.5, 0.0, None, float("nan"), 2.0, 1.0, 1.0, 1.0), (0, 1, 0.5, 1, 1, 1, 1, 1.1, None)
+    data = zip(pair_rows(9), labels, strengths, strict=True)
+    write_parquet(
+        [{**row, "label_0": label, "sure": float(s) if s is not None else s} for row, label, s in data], tmp_path
+    )
+    for options, kept in (
+        ({}, [0, 2, 6]),
+        ({"tie_policy": "soft"}, [0, 1, 2, 6]),
+        ({"max_train_samples": 2}, [0, 2]),
+        ({"max_train_samples": 99}, [0, 2, 6]),
+    ):
+        pairs = pairs_in(tmp_path, strength_column="sure", **options)
+        assert [pairs.row_name(place) for place in range(len(pairs))] == [f"row {row}" for row in kept]
+        assert [pairs[place].is_tie for place in range(len(pairs))] == [row == 1 for row in kept]
+        assert [pairs[place].strength for place in range(len(pairs))] == [float(strengths[row]) for row in kept]
+        assert (pairs.num_ties, pairs.num_unusable) == (1, 5)
+
+
+def test_each_visit_takes_one_of_several_captions(tmp_path):
+    captions = ["a", "b", "c", "", None]
+    write_parquet([{**row, "caption": captions} for row in pair_rows(2)], tmp_path)
+    dataset = examples(pairs_in(tmp_path))
+    taken = [dataset[(0, visit), 0]["caption"] for visit in range(30)]
+    assert set(taken) == {"a", "b", "c"}
+    assert taken == [dataset[(0, visit), 0]["caption"] for visit in range(30)]
+
+
+def test_a_strength_scales_the_logits(train, tmp_path):
+    """So a half with twice the beta is a whole, to the bit."""
+    rows = pair_rows()
+    whole = write_parquet([{**row, "sure": 1.0} for row in rows], tmp_path / "whole")
+    half = write_parquet([{**row, "sure": 0.5} for row in rows], tmp_path / "half")
+    options = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3, "strength_column": "sure"}
+    a = train("a", train_data_dir=whole, beta_dpo=1000, **options)
+    b = train("b", train_data_dir=half, beta_dpo=2000, **options)
+    assert_same(lora(a), lora(b))
+    assert logged(b, "rewards/margins")[1] == 2 * logged(a, "rewards/margins")[1] != 0
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("label", "image_0"),
+        ("label", ClassLabel(names=["image_0", "image_1"])),
+        ("image_0", "images/1.png"),
+        ("image_1", "https://example.org/1.png"),
+        ("caption", 3),
+        ("strength", "high"),
+        ("strength", None),
+    ],
+    ids=str,
+)
+def test_columns_of_another_kind_are_refused_and_the_converter_is_named(refused, no_models, tmp_path, column, values):
+    rows, name = pair_rows(2), {**COLUMNS, "strength": "sure"}[column]
+    values, feature = (1, values) if isinstance(values, ClassLabel) else (values, None)
+    if values is not None:
+        rows = [{**row, name: values} for row in rows]
+    data = Dataset.from_list(rows)
+    if feature:
+        data = data.cast_column(name, feature)
+    (tmp_path / "data").mkdir()
+    data.to_parquet(tmp_path / "data" / "train.parquet")
+    message = refused(train_data_dir=tmp_path / "data", **({"strength_column": name} if column == "strength" else {}))
+    assert f"--{column}_column {name}" in message and "examples/convert_pairs.py" in message
+
+
+# Storage
 
 
 def save_parquet(rows, folder):
-    return write_parquet(rows, folder)
-
-
-def save_to_disk(rows, folder):
-    Dataset.from_list(rows).save_to_disk(folder)
-    return folder
-
-
-def save_splits_to_disk(rows, folder):
-    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(folder)
-    return folder
+    write_parquet(rows, folder)
 
 
 def save_image_features(rows, folder):
     features = Features(jpg_0=Image(), jpg_1=Image(), label_0=Value("float64"), caption=Value("string"))
-    Dataset.from_list(rows).cast(features).save_to_disk(folder)
-    return folder
+    folder.mkdir()
+    Dataset.from_list(rows).cast(features).to_parquet(folder / "train.parquet")
 
 
-@pytest.mark.parametrize("save", [save_parquet, save_to_disk, save_splits_to_disk, save_image_features])
+def save_plain_structs(rows, folder):
+    """As other tools than `datasets` write images: no features are named in the file."""
+    folder.mkdir()
+    rows = [{**row, **{c: {"bytes": row[c], "path": None} for c in ("jpg_0", "jpg_1")}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+def save_to_disk(rows, folder):
+    Dataset.from_list(rows).save_to_disk(folder)
+
+
+def save_splits_to_disk(rows, folder):
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])}).save_to_disk(folder)
+
+
+def save_image_folder(rows, folder):
+    """The layout that `datasets` documents for folders of images: metadata.jsonl names files beside it."""
+    (folder / "train").mkdir(parents=True)
+    lines = []
+    for i, row in enumerate(rows):
+        line = {"label_0": row["label_0"], "caption": row["caption"]}
+        for column in ("jpg_0", "jpg_1"):
+            (folder / "train" / f"{i}_{column}.png").write_bytes(row[column])
+            line[f"{column}_file_name"] = f"{i}_{column}.png"
+        lines.append(json.dumps(line))
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+
+
+STORAGES = [
+    save_parquet,
+    save_image_features,
+    save_plain_structs,
+    save_to_disk,
+    save_splits_to_disk,
+    save_image_folder,
+]
+
+
+@pytest.mark.parametrize("save", STORAGES)
 def test_winners_win_whatever_the_storage(save, tmp_path):
-    """The rows' winners are bright, whichever column they stand in."""
-    rows = pair_rows(8)
-    assert {row["label_0"] for row in rows} == {0.0, 1.0}
-    pairs = PreferencePairs(load_rows(train_data_dir=save(rows, tmp_path / "data")), COLUMNS)
-    assert len(pairs) == 8
-    for pair, row in zip(pairs, rows, strict=True):
-        assert brightness(pair.winner) > 127 > brightness(pair.loser)
-        assert pair.captions == [row["caption"]]
-
-
-def test_another_split_and_other_columns(tmp_path):
-    rows = [{"better?": 1, "a": r["jpg_0"], "b": r["jpg_1"], "text": r["caption"]} for r in pair_rows(3)]
-    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:2])}).save_to_disk(tmp_path / "d")
-    columns = PairColumns(image_0_column="a", image_1_column="b", label_column="better?", caption_column="text")
-    pairs = PreferencePairs(load_rows(train_data_dir=str(tmp_path / "d"), split="test"), columns)
-    assert len(pairs) == 2 and pairs[0].winner == rows[0]["a"]
-
-
-def test_a_folder_of_parquet_files_may_hold_other_files_and_splits(tmp_path):
-    """An output folder below it for one, with the JSON files of its checkpoints."""
-    rows = pair_rows(5)
-    Dataset.from_list(rows[:2]).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    Dataset.from_list(rows[2:3]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
-    (tmp_path / "test").mkdir()
-    Dataset.from_list(rows[3:]).to_parquet(tmp_path / "test" / "data.parquet")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training_state.json").write_text("{}")
-    assert load_rows(train_data_dir=str(tmp_path)).rows["jpg_0"][:] == [row["jpg_0"] for row in rows[:3]]
-    assert len(load_rows(train_data_dir=str(tmp_path), split="test").rows) == 2
-    (tmp_path / "test" / "data.parquet").rename(tmp_path / "other.parquet")
-    assert len(load_rows(train_data_dir=str(tmp_path)).rows) == 3
-    with pytest.raises(ValueError, match="split 'test', cannot be loaded: no parquet, arrow"):
-        load_rows(train_data_dir=str(tmp_path), split="test")
-
-
-def test_ties_and_rows_without_a_label_are_left_out_and_counted():
     rows = pair_rows(6)
-    for row, label in zip(rows, (1.0, 0.5, 0.0, None, float("nan"), 2.0), strict=True):
-        row["label_0"] = label
-    pairs = labelled(rows)
-    assert pairs.kept["row"].tolist() == [0, 2] and pairs.num_ties == 1
-    counts = {"pairs": 2, "ties left out": 1, "rows skipped for no label": 2}
-    assert pairs.counts() == {**counts, "rows skipped for label not understood": 1}
-    assert pairs.row_name(1) == "row 2"
-    assert len(labelled(rows, max_pairs=1)) == 1
+    save(rows, tmp_path / "data")
+    pairs = pairs_in(tmp_path / "data")
+    check_winners_are_bright(pairs, 6)
+    assert sorted(pair.captions[0] for pair in (pairs[i] for i in range(6))) == sorted(r["caption"] for r in rows)
+    if save in (save_splits_to_disk, save_image_folder):
+        names = {"dataset_split_name": "test"}
+        if save is save_splits_to_disk:
+            assert len(pairs_in(tmp_path / "data", **names)) == 1
+        else:
+            with pytest.raises(ValueError, match="--train_data_dir"):
+                pairs_in(tmp_path / "data", **names)
+
+
+def save_paths(folder, *paths):
+    """Rows whose winners are files by path, and whose losers are images."""
+    rows = pair_rows(len(paths))
+    for row, path in zip(rows, paths, strict=True):
+        row |= {"jpg_0": {"bytes": None, "path": str(path)}, "jpg_1": {"bytes": row["jpg_1"], "path": None}}
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+
+
+def test_only_files_within_the_datas_folder_are_read(tmp_path):
+    """A data set from elsewhere must not read what else lies on the disk, nor wait for pipes and devices."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place in (folder / "inside.png", tmp_path / "outside.png"):
+        place.write_bytes(encode(PILImage.new("RGB", (8, 8), "blue")))
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.png")
+    names = ["inside.png", "link.png", "no-such.png", "pipe.png", ".", "../outside.png", "loop.png", "\0", "x" * 5000]
+    save_paths(folder, *(folder / name for name in names), "/dev/zero")
+    pairs = pairs_in(folder, **WINNERS)
+    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a pipe or a device was read"))
+    signal.alarm(20)
+    try:
+        for place in (0, 1):  # a link in the folder is the user's own, and the Hub's cache is made of them
+            assert decode_image(pairs[place].winner).getpixel((0, 0)) == (0, 0, 255)
+        for place in range(2, len(pairs)):
+            with pytest.raises(BadRow):
+                pairs[place]
+        pairs.folder = None  # as for data from the Hub, whose files lie in its cache
+        for place in (2, 3, 4, 6, 7, 8, 9):
+            with pytest.raises(BadRow):
+                pairs[place]
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+# Images
 
 
 def test_formats_and_modes_become_upright_rgb():
-    red = PILImage.new("RGB", (6, 4), (250, 0, 0))
-    assert decode_image(encode(red)).getpixel((0, 0)) == (250, 0, 0)
-    assert decode_image({"bytes": encode(red), "path": None}).getpixel((0, 0)) == (250, 0, 0)
-    assert decode_image(red.convert("P")).mode == "RGB"
-    assert decode_image(encode(PILImage.new("L", (6, 4), 7))).getpixel((0, 0)) == (7, 7, 7)
-    transparent = PILImage.new("RGBA", (6, 4), (250, 0, 0, 0))
-    assert decode_image(encode(transparent)).getpixel((0, 0)) == (255, 255, 255)
+    red, size = (250, 0, 0), (6, 4)
+    image, clear = PILImage.new("RGB", size, red), PILImage.new("RGBA", size, (*red, 0))
+    frames = {"save_all": True, "append_images": [PILImage.new("RGB", size, "blue")], "duration": 100}
+    for data, expected in (
+        (encode(image), red),
+        (encode(image.convert("P", palette=PILImage.Palette.ADAPTIVE)), red),
+        (encode(image, "GIF", **frames), red),
+        (encode(image, "WEBP", lossless=True, **frames), red),
+        (encode(PILImage.new("L", size, 7)), (7, 7, 7)),
+        (encode(PILImage.new("1", size, 1)), (255, 255, 255)),
+        (encode(PILImage.new("CMYK", size, (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+        (encode(clear), (255, 255, 255)),
+        (encode(PILImage.new("RGBA", size, (0, 0, 0, 51))), (204, 204, 204)),
+        (encode(PILImage.new("LA", size, (0, 0))), (255, 255, 255)),
+        (encode(PILImage.new("P", size, 0), transparency=0), (255, 255, 255)),
+    ):
+        decoded = decode_image(data)
+        assert decoded.mode == "RGB" and decoded.size == size and decoded.info["original_size"] == size[::-1]
+        assert np.abs(np.subtract(decoded.getpixel((0, 0)), expected)).max() <= 1
     exif = PILImage.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    assert decode_image(encode(red, "JPEG", exif=exif)).size == (4, 6)
+    for image_format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        turned = decode_image(encode(image, image_format, exif=exif))
+        assert turned.size == turned.info["original_size"][::-1] == (4, 6)
 
 
-def test_a_path_is_read(tmp_path):
-    PILImage.new("RGB", (6, 4), "blue").save(tmp_path / "x.png")
-    assert decode_image(str(tmp_path / "x.png")).getpixel((0, 0)) == (0, 0, 255)
-    assert decode_image({"bytes": None, "path": str(tmp_path / "x.png")}).getpixel((0, 0)) == (0, 0, 255)
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_eight_bits_are_unreadable(mode):
+    with pytest.raises(BadRow):
+        decode_image(encode(PILImage.new(mode, (6, 4)), "TIFF"))
 
 
-@pytest.mark.parametrize("value", [b"", b"nonsense", None, 3, {"bytes": None, "path": None}, "no/such/file.png"])
-def test_what_is_no_image_is_a_bad_row(value):
-    with pytest.raises(BadRow, match="unreadable image|no image"):
-        decode_image(value)
-
-
-def test_damaged_bytes_are_bad_rows_or_images(tmp_path):
+def test_damaged_bytes_are_bad_rows_or_images():
     """Whatever happens to the bytes of a file, the answer is an image or a BadRow."""
-    rng = np.random.default_rng(0)
+    rng, refused = np.random.default_rng(0), 0
     image = random_image(rng)
-    refused = 0
     for image_format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
         data = encode(image, image_format)
         for _ in range(40):
@@ -145,148 +287,137 @@ def test_damaged_bytes_are_bad_rows_or_images(tmp_path):
             for position in rng.integers(len(data), size=8):
                 damaged[position] = rng.integers(256)
             try:
-                assert decode_image(bytes(damaged[: rng.integers(len(data))])).mode == "RGB"
+                assert decode_image(bytes(damaged[: rng.integers(len(data))]), 8).mode == "RGB"
             except BadRow:
                 refused += 1
     assert refused > 100
 
 
-def test_pixels_are_scaled_and_the_shorter_side_fits():
-    image = PILImage.new("RGB", (40, 20), (255, 0, 0))
-    pixels = resize_and_crop(image, 16, (0.5, 0.5), flip=False).pixels
-    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
-    assert (pixels[0] == 1).all() and (pixels[1:] == -1).all()
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("size", [(1600, 1200), (700, 1500)])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(size, orientation):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    data = encode(random_image(np.random.default_rng(0), size), "JPEG", exif=exif, quality=95)
+    full, small = decode_image(data), decode_image(data, min_side=128)
+    assert full.info["original_size"] == (size if orientation == 6 else size[::-1]) == small.info["original_size"]
+    assert 128 <= min(small.size) <= min(full.size) / 4
+    (expected, expected_ids), (pixels, time_ids) = (
+        resize_and_crop(x, 64, (0.3, 0.7), flip=True) for x in (full, small)
+    )
+    assert torch.equal(time_ids, expected_ids)
+    difference = (pixels - expected).abs() * 127.5
+    assert difference.mean() < 1 and difference.max() < 8
 
 
 @pytest.mark.parametrize(("left", "expected"), [(0.0, 0), (0.5, 8), (1.0, 16)])
 def test_crop_and_flip_are_relative(left, expected):
     ramp = np.tile(np.arange(32, dtype=np.uint8)[None, :, None], (16, 1, 3))
-    view = resize_and_crop(PILImage.fromarray(ramp), 16, (0.0, left), flip=False)
-    mirrored = resize_and_crop(PILImage.fromarray(ramp[:, ::-1]), 16, (0.0, left), flip=True)
-    assert torch.allclose((view.pixels[0, 0] + 1) * 127.5, torch.arange(expected, expected + 16.0), atol=1e-4)
-    assert torch.equal(mirrored.pixels, view.pixels)
-    assert view.corner == mirrored.corner == (0, expected)
-
-
-def test_views_tell_the_original_size_and_the_corner_in_resized_pixels():
-    """As SDXL's micro-conditioning wants them: (height, width) before resizing, (top, left) after it."""
-    tall = resize_and_crop(PILImage.new("RGB", (100, 300)), 64, (1.0, 0.5), flip=False)
-    assert tall.original_size == (300, 100) and tall.corner == (192 - 64, 0)
-    exif = PILImage.Exif()
-    exif[0x0112] = 6
-    turned = encode(PILImage.new("RGB", (100, 300)), "JPEG", exif=exif)
-    assert resize_and_crop(decode_image(turned), 64, (0.5, 0.5), flip=False).original_size == (100, 300)
+    images = [decode_image(encode(PILImage.fromarray(array))) for array in (ramp, ramp[:, ::-1].copy())]
+    pixels, time_ids = resize_and_crop(images[0], 16, (0.0, left), flip=False)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    assert torch.allclose((pixels[0, 0] + 1) * 127.5, torch.arange(expected, expected + 16.0), atol=1e-4)
+    mirrored, mirrored_ids = resize_and_crop(images[1], 16, (0.0, left), flip=True)
+    assert torch.equal(mirrored, pixels) and torch.equal(mirrored_ids, time_ids)
+    assert time_ids.tolist() == [16, 32, 0, expected, 16, 16]
 
 
 @pytest.mark.parametrize("size", [(90, 50), (41, 77), (64, 64), (33, 200)])
-def test_resizing_the_window_comes_to_cutting_the_resized_image(size):
-    image = random_image(np.random.default_rng(0), size)
+def test_a_window_is_cut_out_of_the_resized_image(size):
+    """And SDXL is told where, in pixels of the resized image, and how large the original one was."""
+    image = decode_image(encode(random_image(np.random.default_rng(0), size)))
     for top, left in ((0.0, 0.0), (0.5, 0.3), (1.0, 1.0)):
-        view = resize_and_crop(image, 24, (top, left), flip=False)
+        pixels, time_ids = resize_and_crop(image, 24, (top, left), flip=False)
         scale = 24 / min(size)
         whole = image.resize([max(24, round(side * scale)) for side in size], PILImage.Resampling.LANCZOS)
-        y, x = view.corner
+        x, y = round(left * (whole.width - 24)), round(top * (whole.height - 24))
+        assert time_ids.tolist() == [size[1], size[0], y, x, 24, 24]
         expected = np.asarray(whole, dtype=int)[y : y + 24, x : x + 24]
-        assert np.abs((view.pixels.numpy().transpose(1, 2, 0) + 1) * 127.5 - expected).max() < 3
+        assert np.abs((pixels.numpy().transpose(1, 2, 0) + 1) * 127.5 - expected).max() < 3
 
 
-def test_winner_and_loser_are_cut_alike_and_visits_are_not():
+# Visits
+
+
+def test_winner_and_loser_are_cut_alike_and_visits_are_not(tmp_path):
     """Both images of the pair are the same ramp, so cut and flipped alike they stay equal."""
     ramp = PILImage.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None], (32, 1, 3)))
     row = {"jpg_0": encode(ramp), "jpg_1": encode(ramp, "BMP"), "label_0": 1.0, "caption": "ramp"}
-    dataset = preferences(labelled([row]), crop=True, flip=True)
-    views = [dataset[visit, 0]["pixel_values"] for visit in range(16)]
-    assert all(torch.equal(winner, loser) for winner, loser in views)
-    assert len({tuple(view[0, 0, 0].tolist()) for view in views}) > 12
-    assert {bool(view[0, 0, 0, 0] < view[0, 0, 0, -1]) for view in views} == {True, False}
+    dataset = examples(pairs_in(write_parquet([row], tmp_path)), crop=True, flip=True)
+    views = [dataset[(0, visit), 0] for visit in range(16)]
+    assert all(torch.equal(*view["pixel_values"]) and torch.equal(*view["time_ids"]) for view in views)
+    pixels = [view["pixel_values"][0, 0, 0] for view in views]
+    assert len({tuple(row.tolist()) for row in pixels}) > 12
+    assert {bool(row[0] < row[-1]) for row in pixels} == {True, False}
 
 
-def test_the_example_depends_on_seed_and_visit_alone():
-    pairs = labelled(pair_rows(4))
-    one, again = (preferences(pairs, crop=True, flip=True, empty=0.5)[7, 2] for _ in range(2))
+def test_the_example_depends_on_seed_and_visit_alone(pairs_dir):
+    pairs = pairs_in(pairs_dir)
+    one, again = (examples(pairs, crop=True, flip=True, empty=0.5)[(0, 7), 2] for _ in range(2))
     assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["uniforms"], again["uniforms"])
-    assert one["caption"] == again["caption"] and one["visit"] == 7
-    assert not torch.equal(one["uniforms"], preferences(pairs)[8, 2]["uniforms"])
-    assert not torch.equal(one["uniforms"], preferences(pairs, seed=1)[7, 2]["uniforms"])
+    assert one["caption"] == again["caption"]
+    assert not torch.equal(one["uniforms"], examples(pairs)[(0, 8), 2]["uniforms"])
+    assert not torch.equal(one["uniforms"], examples(pairs, seed=1)[(0, 7), 2]["uniforms"])
     assert one["uniforms"].shape == (2,) and ((0 <= one["uniforms"]) & (one["uniforms"] < 1)).all()
 
 
-def test_captions_are_emptied_in_the_given_share():
-    dataset = preferences(labelled(pair_rows(1)), resolution=8, empty=0.2)
-    empty = sum(dataset[visit, 0]["caption"] == "" for visit in range(400))
-    assert 50 < empty < 115
+def test_captions_are_emptied_in_the_given_share(pairs_dir):
+    dataset = examples(pairs_in(pairs_dir), resolution=8, empty=0.2)
+    assert 50 < sum(dataset[(0, visit), 0]["caption"] == "" for visit in range(400)) < 115
 
 
-def test_a_bad_row_is_replaced_within_its_visit():
-    rows = pair_rows(4)
-    rows[1]["jpg_0"] = b"damaged"
-    dataset = preferences(labelled(rows), crop=True)
-    example = dataset[5, 1]
-    assert [name for name, _ in example["bad_rows"]] == ["row 1"] * len(example["bad_rows"]) != []
-    assert example["caption"] in {rows[i]["caption"] for i in (0, 2, 3)}
-    assert torch.equal(example["uniforms"], dataset[5, 0]["uniforms"])
-    assert torch.equal(example["pixel_values"], dataset[5, 1]["pixel_values"])
+def test_unreadable_rows_are_replaced_by_the_next(tmp_path):
+    """Deterministically: all else of the visit stays. If nothing can be read, that is an error, no endless loop."""
+    rows = pair_rows(5)
+    rows[1]["jpg_1"] = rows[1]["jpg_1"][:50]
+    rows[2]["caption"] = None
+    rows[4]["jpg_0"] = b""
+    dataset = examples(pairs_in(write_parquet(rows, tmp_path / "some")), crop=True)
+    for place, skipped, row in ((1, [1, 2], 3), (4, [4], 0), (3, [], 3)):
+        example, same = dataset[(0, 5), place], dataset[(0, 5), row]
+        assert [name for name, _ in example["skipped"]] == [f"row {i}" for i in skipped]
+        assert example["row"] == f"row {row}" and torch.equal(example["pixel_values"], same["pixel_values"])
+    write_parquet([rows[1]] * 3, tmp_path / "none")
+    with pytest.raises(RuntimeError, match="row 2"):
+        examples(pairs_in(tmp_path / "none"))[(0, 0), 2]
 
 
-def test_what_nobody_foresaw_names_its_row(monkeypatch):
-    monkeypatch.setattr("inversion_utils.resize_and_crop", lambda *args: 1 / 0)
-    with pytest.raises(RuntimeError, match="^row 2: ZeroDivisionError: division by zero"):
-        preferences(labelled(pair_rows(3)))[0, 2]
-
-
-def test_bad_rows_are_named_once_and_counted():
-    lines = []
-    log = RowLog(lines.append, "is skipped", {}, named=2)
-    log.add([("row 1", "why"), ("row 1", "why")])
-    log.add([("row 2", "why"), ("row 3", "why")])
-    assert len(log.reasons) == 3 and len(lines) == 2 and "row 1" in lines[0] and "row 2" in lines[1]
-
-
-def first(batches, count):
-    return list(itertools.islice(batches, count))
+def first(count, *args, **options):
+    return list(itertools.islice(visit_batches(*args, **options), count))
 
 
 def test_an_epoch_visits_every_pair_once_in_another_order():
-    visits = [item for batch in first(VisitBatches(10, 5, seed=0), 4) for item in batch]
-    assert [visit for visit, _ in visits] == list(range(20))
-    epochs = [[index for _, index in visits[:10]], [index for _, index in visits[10:]]]
+    visits = sum(first(4, 10, 5, seed=0), [])
+    assert [key for key, _ in visits] == [(0, visit) for visit in range(20)]
+    epochs = [[place for _, place in visits[:10]], [place for _, place in visits[10:]]]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
-    assert epochs[0] != [index for batch in first(VisitBatches(10, 5, seed=1), 2) for _, index in batch]
+    assert epochs[0] != [place for _, place in sum(first(2, 10, 5, seed=1), [])]
 
 
 @pytest.mark.parametrize("num_pairs", [3, 10])
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_processes_share_the_same_visits(num_pairs, num_processes):
+def test_processes_share_the_visits_and_a_restart_goes_on_there(num_pairs, num_processes):
     """Also where the data set is smaller than a batch, and where batches straddle epochs."""
     size = 8 // num_processes
-    shares = [
-        first(VisitBatches(num_pairs, size, 0, process_index=rank, num_processes=num_processes), 3)
-        for rank in range(num_processes)
-    ]
-    together = sorted(item for share in shares for batch in share for item in batch)
-    assert together == [item for batch in first(VisitBatches(num_pairs, 8, 0), 3) for item in batch]
+    for visit in (0, 8):
+        shares = [
+            first(3, num_pairs, size, 0, visit=visit, process_index=rank, num_processes=num_processes)
+            for rank in range(num_processes)
+        ]
+        together = sorted(item for share in shares for batch in share for item in batch)
+        assert together == sum(first(4, num_pairs, 8, 0), [])[visit : visit + 24][: len(together)]
 
 
-def test_a_restart_continues_the_visits():
-    whole = first(VisitBatches(7, 4, 0), 6)
-    assert first(VisitBatches(7, 4, 0, first_visit=8), 4) == whole[2:]
+def test_with_a_cache_each_epoch_takes_the_next_draw():
+    visits = sum(first(5, 4, 4, 0, num_draws=2), [])
+    assert [key[2] for key, _ in visits] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4 + [0] * 4
+    assert all(key[:2] == (3, place) for key, place in visits)
 
 
 def test_forward_noise_is_shared_within_a_pair_and_belongs_to_the_visit():
-    noise = forward_noise([3, 4], seed=0, shape=(2, 4, 8, 8))
+    noise = forward_noise([(0, 3), (0, 4)], seed=0, shape=(2, 4, 8, 8))
     assert noise.shape == (2, 4, 4, 8, 8)
     assert torch.equal(noise[:, :2], noise[:, 2:])
-    assert torch.equal(noise[:, 1], forward_noise([4], seed=0, shape=(2, 4, 8, 8))[:, 0])
+    assert torch.equal(noise[:, 1], forward_noise([(0, 4)], seed=0, shape=(2, 4, 8, 8))[:, 0])
     assert not torch.equal(noise[0, 0], noise[0, 1]) and not torch.equal(noise[0, 0], noise[1, 0])
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-
-
-def test_an_image_survives_the_way_to_the_batch(tmp_path):
-    """A picture of the training size arrives pixel for pixel."""
-    picture = random_image(np.random.default_rng(0), (32, 32))
-    row = {"jpg_0": encode(PILImage.new("RGB", (32, 32))), "jpg_1": encode(picture), "label_0": 0.0, "caption": "x"}
-    rows = load_rows(train_data_dir=write_parquet([row], tmp_path / "one"))
-    winner, loser = preferences(PreferencePairs(rows, COLUMNS))[0, 0]["pixel_values"]
-    assert np.array_equal(((winner + 1) * 127.5).round().byte().numpy().transpose(1, 2, 0), np.asarray(picture))
-    assert (loser == -1).all()
-    assert PILImage.open(io.BytesIO(row["jpg_1"])).size == (32, 32)

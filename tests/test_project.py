@@ -1,23 +1,33 @@
-"""Promises between the project's files: requirements, the scripts' own headers, the README's commands and snippets."""
+"""Promises between the project's files: requirements, script headers, commands and snippets in the READMEs."""
 
+import ast
+import contextlib
+import importlib
+import io
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
-import convert_pairs
 import pytest
-import sample_pairs
 import torch
-from conftest import build_pipeline
+from conftest import ROOT, build_pipeline
 
-import train_inversion_dpo
-import train_inversion_dpo_sdxl
+SCRIPTS = ["train_inversion_dpo.py", "train_inversion_dpo_sdxl.py"]
+TOOLS = sorted(file.name for file in (ROOT / "examples").glob("*.py") if "def parse_args" in file.read_text())
+READMES = {name: (ROOT / name).read_text() for name in ("README.md", "examples/README.md")}
+SNIPPETS = [code for text in READMES.values() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+LAUNCHER = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--config_file"}
+TOP_LEVEL = {
+    *SCRIPTS, "inversion_utils.py", "requirements.txt", "constraints.txt", "README.md", "examples", "tests",
+    "LICENSE", "pyproject.toml", ".ci", ".gitignore",
+}  # fmt: skip
 
-SCRIPTS = {f"{script.__name__}.py": script for script in (train_inversion_dpo, train_inversion_dpo_sdxl)}
-TOOLS = (convert_pairs, sample_pairs)
-ROOT = Path(train_inversion_dpo.__file__).parent
-README = (ROOT / "README.md").read_text()
+
+def module(name):
+    return importlib.import_module(Path(name).stem)
 
 
 def requirements(name):
@@ -39,42 +49,102 @@ def test_the_tested_versions_satisfy_the_lower_bounds():
         assert [int(x) for x in tested[name].split(".")] >= [int(x) for x in bound.split(".")], name
 
 
+@pytest.mark.parametrize("name", [*SCRIPTS, "inversion_utils.py"])
+def test_a_script_needs_the_helper_beside_it_and_packages_that_are_required(name):
+    nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {re.split("[>=]", line)[0] for line in requirements("requirements.txt")} | {"PIL", "tqdm"}
+    allowed = packages | sys.stdlib_module_names | ({"inversion_utils"} if name in SCRIPTS else set())
+    assert {module.split(".")[0] for module in imported} <= allowed
+
+
+def tracked_files():
+    """What is in the repository, or is new and not ignored."""
+    command = ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no clone of the repository")
+    return [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_the_top_level_holds_what_design_lists():
+    assert {file.relative_to(ROOT).parts[0] for file in tracked_files()} == TOP_LEVEL
+
+
+def test_nothing_is_left_to_be_done():
+    for file in tracked_files():
+        with contextlib.suppress(UnicodeDecodeError):
+            text = file.read_text(encoding="utf-8")
+            assert "TO" + "DO" not in text and "FIX" + "ME" not in text, file
+
+
 def commands():
-    """The README's invocations of the training scripts, as (script, list of options)."""
-    blocks = re.findall(r"^    accelerate launch .*?(?=\n\n)", README, re.M | re.S)
-    lines = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    return [(word, line[i + 1 :]) for line in lines for i, word in enumerate(line) if word in SCRIPTS]
+    """The invocations of scripts and tools in both READMEs, as (program, options)."""
+    found = []
+    for text in READMES.values():
+        lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+        inline = [code for line in lines for code in re.findall(r"`([^`]+)`", line)]
+        blocks = [line for line in lines if line.startswith("    ")]
+        fenced = [line for code in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+                  for line in re.sub(r"\\\n\s*", " ", code).splitlines()]  # fmt: skip
+        for line in [*blocks, *fenced, *inline]:
+            if match := re.search(r"(?:python3?|accelerate launch|torchrun) .*?(?:examples/)?(\w+\.py)(.*)", line):
+                options = shlex.split(match[2].split(" #")[0])
+                if match[1] in (*SCRIPTS, *TOOLS) and options and not {"...", "--help"} & set(options):
+                    found.append((match[1], options))
+    return found
 
 
-def test_the_readme_has_commands_for_both_scripts():
-    assert {name for name, _ in commands()} == set(SCRIPTS) and len(commands()) >= 6
+def parse(name, options):
+    """The options as the program reads them; a program returns them alone or with more."""
+    args = module(name).parse_args(options)
+    return args[0] if isinstance(args, tuple) else args
 
 
 @pytest.mark.parametrize(("name", "options"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_the_readmes_commands_parse(name, options):
-    args, _ = SCRIPTS[name].parse_args(options)
-    assert args.output_dir
+    assert parse(name, options)
 
 
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
-def test_the_readmes_commands_of_the_tools_parse(tool):
-    (block,) = re.findall(rf"^    python examples/{tool.__name__}.py (.*?)(?=\n\n)", README, re.M | re.S)
-    args, _ = tool.parse_args(shlex.split(block.replace("\\\n", " ")))
-    assert args.output_dir
+def test_the_readmes_show_how_to_train_and_to_convert():
+    names = [name for name, _ in commands()]
+    assert {*SCRIPTS, "convert_pairs.py"} <= set(names) and len(names) >= 8
+    assert any("invert(" in code for code in SNIPPETS)
 
 
-def test_options_named_in_the_readme_exist(capsys):
-    for program in (train_inversion_dpo, *TOOLS):
-        with pytest.raises(SystemExit):
-            program.parse_args(["--help"])
-    known = set(re.findall(r"--\w+", capsys.readouterr().out))
-    section = README[README.index("## From pairs to a LoRA") : README.index("## Which objective")]
-    launcher = {"--multi_gpu", "--num_processes", "--help", "--model", "--train", "--num_images"}
-    assert set(re.findall(r"--\w+", section)) - launcher <= known
+def test_options_named_in_the_readmes_exist():
+    """In the tables and the text too; whose they are is not checked."""
+    printed = io.StringIO()
+    for name in (*SCRIPTS, *TOOLS):
+        with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+            module(name).parse_args(["--help"])
+    known = set(re.findall(r"--\w+", printed.getvalue())) | LAUNCHER
+    for name, text in READMES.items():
+        assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) <= known, name
 
 
-def test_the_readmes_inversion_snippet_runs():
-    snippet = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "invert(" in code)
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere_and_no_figure_is_missing(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", READMES[name]):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            file = (ROOT / name).parent / path if path else ROOT / name
+            assert file.exists(), target
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, target
+    assert not re.search(r"@[A-Z_]+@", READMES[name])
+
+
+def test_the_readme_is_what_a_user_reads_first():
+    assert len(READMES["README.md"].splitlines()) <= 300
+    assert (ROOT / "README.md").stat().st_size <= 20 * 1024
+
+
+@pytest.mark.parametrize("snippet", [code for code in SNIPPETS if "invert(" in code])
+def test_the_inversion_snippet_runs(snippet):
     pipe = build_pipeline()
     names = {
         "noise_scheduler": pipe.scheduler, "unet": pipe.unet, "encoder_hidden_states": torch.randn(2, 16, 16),
@@ -83,8 +153,6 @@ def test_the_readmes_inversion_snippet_runs():
     exec(snippet, names)
     trajectory = names["trajectory"]
     assert trajectory.timesteps.tolist() == [[10, 700]]
-    alpha, sigma = (
-        f(pipe.scheduler.alphas_cumprod[[10, 700]]).view(2, 1, 1, 1) for f in (torch.sqrt, lambda a: (1 - a).sqrt())
-    )
-    one_step = (trajectory.latents[0] - sigma * trajectory.noise[0]) / alpha
+    abar = pipe.scheduler.alphas_cumprod[[10, 700]].view(2, 1, 1, 1)
+    one_step = (trajectory.latents[0] - (1 - abar).sqrt() * trajectory.noise[0]) / abar.sqrt()
     torch.testing.assert_close(one_step, names["latents"], rtol=0, atol=1e-4)

@@ -1,608 +1,445 @@
 """The SD script end to end: from pairs on disk to a LoRA, on a random pipeline of a few kilobytes."""
 
 import hashlib
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import pair_rows, write_parquet
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from conftest import ONE_THREAD, ROOT, assert_same, command_line, logged, lora, pair_rows, write_parquet
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
-import train_inversion_dpo
-from inversion_utils import LORA_FILE, VisitBatches
+from inversion_utils import LORA_FILE
 
-ROOT = Path(train_inversion_dpo.__file__).parent
+pytestmark = pytest.mark.usefixtures("without_report")
 
-
-def lora(output_dir):
-    return load_file(output_dir / LORA_FILE)
-
-
-def assert_same(a, b, atol=0.0):
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=atol)
+QUICK = {"objective": "inpo", "inversion_steps": 1, "train_batch_size": 1}
+# Adam's step is then the gradient, so that a gradient twice as large shows, and rounding is not blown up.
+LINEAR = {"adam_epsilon": 0.1, "learning_rate": 1e-2, "max_grad_norm": 1e9}
 
 
-def draw_picture(pipe, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        "a red circle", height=32, width=32, num_inference_steps=3, generator=generator, output_type="pt"
-    ).images
+def sample(pipe, prompt="a red circle"):
+    """Pixels (3, 32, 32) of a sample."""
+    options = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "pt"}
+    return pipe(prompt, generator=torch.Generator().manual_seed(0), **options).images[0]
 
 
-def logged(output_dir, tag):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def lora_b(weights):
+    """The half of a LoRA's weights that is zero until the first step."""
+    return {key: value for key, value in weights.items() if "lora_B" in key or "lora.up" in key}
 
-    events = EventAccumulator(str(output_dir / "logs" / "inversion-dpo")).Reload()
-    return [event.value for event in events.Scalars(tag)]
+
+def record_unet_calls(monkeypatch):
+    """Returns a list to which each call of a U-Net appends a dict."""
+    calls, forward = [], UNet2DConditionModel.forward
+
+    def recorded(unet, x_t, timesteps, encoder_hidden_states, **options):
+        layer = next(module for module in unet.modules() if hasattr(module, "lora_A"))
+        state = {"lora": not layer.disable_adapters, "checkpointing": unet.is_gradient_checkpointing}
+        seen = {"timesteps": timesteps, "text": encoder_hidden_states, **options.get("added_cond_kwargs", {})}
+        calls.append({"size": len(x_t), "gradient": torch.is_grad_enabled(), **state, **seen})
+        return forward(unet, x_t, timesteps, encoder_hidden_states, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", recorded)
+    return calls
+
+
+@pytest.fixture
+def unet_calls(monkeypatch):
+    return record_unet_calls(monkeypatch)
+
+
+def trained_at(calls):
+    """The timesteps of each call of the policy with a gradient."""
+    return [call["timesteps"] for call in calls if call["gradient"]]
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_v_model"])
+@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo", "diffusion_dpo"])
+def test_the_lora_loads_in_the_pipeline_and_changes_the_picture(train, request, objective, model):
+    model = request.getfixturevalue(model)
+    output_dir = train(pretrained_model_name_or_path=model, objective=objective, learning_rate=1e-2)
+    pipe = DiffusionPipeline.from_pretrained(model)
+    before = sample(pipe)
+    pipe.load_lora_weights(output_dir)
+    assert (sample(pipe) - before).abs().max() > 1e-3
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(sample(pipe), before, rtol=0, atol=1e-5)
+
+
+def preference(model, output_dir, row):
+    """How much more a LoRA lowers the error of random noise on a row's winner than on its loser, by diffusers."""
+    pipe = DiffusionPipeline.from_pretrained(model)
+    images = [Image.open(io.BytesIO(row[name])) for name in ("jpg_0", "jpg_1")]
+    images = images if row["label_0"] == 1 else images[::-1]
+    pixels = torch.cat([pipe.image_processor.preprocess(image.resize((32, 32))) for image in images])
+    t, generator = torch.arange(25, 1000, 50).repeat(2), torch.Generator().manual_seed(1)
+    noise = torch.randn(20, 4, 4, 4, generator=generator).repeat(2, 1, 1, 1)
+    ids = pipe.tokenizer(row["caption"], padding="max_length", return_tensors="pt").input_ids
+    errors = []
+    with torch.no_grad():
+        latents = pipe.vae.encode(pixels).latent_dist.mode().repeat_interleave(20, 0)
+        x_t, text = pipe.scheduler.add_noise(latents, noise, t), pipe.text_encoder(ids)[0].expand(40, -1, -1)
+        is_v = pipe.scheduler.config.prediction_type == "v_prediction"
+        target = pipe.scheduler.get_velocity(latents, noise, t) if is_v else noise
+        for _ in ("base", "with LoRA"):
+            errors.append((pipe.unet(x_t, t, text).sample - target).square().mean((1, 2, 3)).view(2, 20).mean(1))
+            pipe.load_lora_weights(output_dir)
+    winner, loser = errors[0] - errors[1]
+    return (winner - loser).item()
 
 
 @pytest.mark.parametrize("objective", ["inversion_dpo", "inpo", "diffusion_dpo"])
-def test_lora_loads_into_the_pipeline_and_changes_the_picture(train, tiny_model, objective):
-    output_dir = train(objective=objective, learning_rate=1e-2)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    before = draw_picture(pipe)
-    pipe.load_lora_weights(output_dir)
-    after = draw_picture(pipe)
-    pipe.unload_lora_weights()
-    assert (after - before).abs().max() > 1e-3
-    assert torch.equal(draw_picture(pipe), before)
-
-
-def test_base_weights_stay_bit_identical(train, tiny_model, monkeypatch):
-    loaded = []
-
-    def load_models(*args):
-        tokenizers, text_encoders, vae, unet = original(*args)
-        loaded.extend([*text_encoders, vae, unet])
-        return tokenizers, text_encoders, vae, unet
-
-    original = train_inversion_dpo.load_models
-    monkeypatch.setattr(train_inversion_dpo, "load_models", load_models)
-    train(learning_rate=1e-2)
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    for trained, untouched in zip(loaded, (pipe.text_encoder, pipe.vae, pipe.unet), strict=True):
-        weights = {key.replace(".base_layer", ""): value for key, value in trained.state_dict().items()}
-        for key, value in untouched.state_dict().items():
-            assert torch.equal(weights[key], value), key
-    assert any("lora_B" in key and value.any() for key, value in loaded[2].state_dict().items())
-
-
-@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo"])
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_v_model"])
-def test_the_first_update_tells_winner_from_loser(train, tmp_path, request, objective, model):
+def test_the_first_step_tells_winner_from_loser(train, tmp_path, request, objective, model):
+    rows, model = pair_rows(1), request.getfixturevalue(model)
     output_dir = train(
-        pretrained_model_name_or_path=request.getfixturevalue(model),
-        train_data_dir=write_parquet(pair_rows(1), tmp_path / "pair"),  # each visit has its own timesteps
-        objective=objective, train_batch_size=16, learning_rate=3e-3, report_to="tensorboard",
+        pretrained_model_name_or_path=model, objective=objective, train_batch_size=16, learning_rate=3e-3,
+        train_data_dir=write_parquet(rows, tmp_path / "pair"), max_train_steps=1,
     )  # fmt: skip
-    before, after = logged(output_dir, "rewards/margins")
-    assert abs(before) < 1e-3 and after > 0.01
-    assert logged(output_dir, "rewards/accuracies")[1] > 0.9
-    assert logged(output_dir, "loss")[1] < logged(output_dir, "loss")[0]
+    assert logged(output_dir, "rewards/margins") == pytest.approx([0], abs=1e-3)
+    assert preference(model, output_dir, rows[0]) > 2e-5
 
 
-def count_calls(monkeypatch):
-    """Returns a list to which every U-Net call appends (number of latents, whether it has a gradient)."""
-    calls = []
-    original = train_inversion_dpo.predict_noise
+def test_base_weights_stay_bit_identical(train, script, tiny_model, monkeypatch):
+    loaded = []
+    for name in ("load_encoders", "load_unet"):
+        load = getattr(script, name)
+        monkeypatch.setattr(script, name, lambda *args, load=load: loaded.append(load(*args)) or loaded[-1])
+    weights = lora(train(learning_rate=1e-2))
+    (text_encoders, vae), unet = loaded
+    pipe = DiffusionPipeline.from_pretrained(tiny_model)
+    for trained, untouched in ((text_encoders[0], pipe.text_encoder), (vae, pipe.vae), (unet, pipe.unet)):
+        state_dict = {key.replace(".base_layer", ""): value for key, value in trained.state_dict().items()}
+        for key, value in untouched.state_dict().items():
+            assert torch.equal(state_dict[key], value), key
+    assert all(value.any() for value in lora_b(weights).values())
 
-    def predict_noise(unet, x_t, *args):
-        noise = original(unet, x_t, *args)
-        calls.append((len(x_t), noise.requires_grad))
-        return noise
 
-    monkeypatch.setattr(train_inversion_dpo, "predict_noise", predict_noise)
-    return calls
+def test_unet_calls_of_a_step(train, unet_calls):
+    """By default n + 1 calls of the reference on 2B latents, and one of the policy on M 2B, the only one in reverse.
+
+    So many calls are what a run costs.
+    """
+
+    def calls(name, **options):
+        unet_calls.clear()
+        train(name, max_train_steps=1, **options)
+        return [(call["size"], call["lora"], call["gradient"]) for call in unet_calls]
+
+    assert calls("default") == [(4, False, False)] * 9 + [(16, True, True)]
+    inpo = {"objective": "inpo", "inversion_steps": 3}
+    assert calls("inpo", **inpo, gradient_checkpointing=True) == [(4, False, False)] * 4 + [(4, True, True)]
+    assert all(call["checkpointing"] for call in unet_calls)
+    by_policy = [(4, True, False)] * 3 + [(4, False, False), (4, True, True)]
+    assert calls("policy", inversion_model="policy", **inpo) == by_policy
+    baseline = {"objective": "diffusion_dpo", "timesteps_per_pair": 2}
+    assert calls("baseline", **baseline) == [(8, False, False), (8, True, True)]
+    in_chunks = [(n, True, gradient) for gradient in (False, True) for n in (8, 8, 4)]
+    assert calls("chunks", timesteps_per_pair=5, trajectory_chunk=2) == [(4, False, False)] * 10 + in_chunks
 
 
 def test_inversion_dpo_and_inpo_differ_in_where_the_mean_stands(train):
     """At one timestep a pair they are the same; at more, inversion_dpo's mean stands inside the log-sigmoid."""
-    options = {"max_train_steps": 3, "learning_rate": 1e-3}
-    for num_targets in (1, 3):
-        weights = [
-            lora(train(f"{objective}_{num_targets}", objective=objective, timesteps_per_pair=num_targets, **options))
-            for objective in ("inversion_dpo", "inpo")
-        ]
-        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]) == (num_targets == 1)
+    for count in (1, 3):
+        options = {"timesteps_per_pair": count, "inversion_steps": 3, "learning_rate": 1e-3}
+        runs = [lora(train(f"{name}-{count}", objective=name, **options)) for name in ("inversion_dpo", "inpo")]
+        assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0]) == (count == 1)
 
 
-def test_unet_calls_of_an_update(train, monkeypatch):
-    """n + 1 reference calls on 2B latents and one policy call on M 2B; the policy's alone has a gradient."""
-    calls = count_calls(monkeypatch)
-    train("a", max_train_steps=1)
-    assert calls == [(4, False)] * 9 + [(16, True)]
-    calls.clear()
-    train("b", max_train_steps=1, objective="inpo", inversion_steps=3)
-    assert calls == [(4, False)] * 4 + [(4, True)]
-    calls.clear()
-    train("c", max_train_steps=1, objective="inpo", inversion_steps=3, inversion_model="policy")
-    assert calls == [(4, False)] * 4 + [(4, True)]  # 3 by the policy, 1 by the reference
-    calls.clear()
-    train("d", max_train_steps=1, objective="inpo", inversion_steps=3, inversion_guidance_scale=2.0)
-    assert calls == [(8, False)] * 3 + [(4, False), (4, True)]
-    calls.clear()
-    train("e", max_train_steps=1, objective="diffusion_dpo", timesteps_per_pair=2)
-    assert calls == [(8, False), (8, True)]
-
-
-def test_who_inverts(train, monkeypatch):
-    """The reference inverts with the LoRA off, the policy with it on."""
-    enabled = []
-    original = train_inversion_dpo.invert
-
-    def invert(predict, *args, **options):
-        layer = next(m for m in unets[-1].modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A"))
-        enabled.append(not layer.disable_adapters)
-        return original(predict, *args, **options)
-
-    unets = []
-    add_lora = train_inversion_dpo.add_lora
-    monkeypatch.setattr(
-        train_inversion_dpo, "add_lora", lambda unet, *args: unets.append(unet) or add_lora(unet, *args)
-    )
-    monkeypatch.setattr(train_inversion_dpo, "invert", invert)
-    train("a", max_train_steps=1)
-    train("b", max_train_steps=1, inversion_model="policy")
-    assert enabled == [False, True]
-
-
-def test_the_gradient_at_the_start_is_not_zero(train):
-    """Comparing policy and reference with each other, as Inversion-DPO's released code does, has no gradient here."""
-    moved = lora(train(max_train_steps=1, learning_rate=1e-3))
-    assert all(value.abs().max() > 1e-4 for key, value in moved.items() if "lora_B" in key or "lora.up" in key)
+def test_ways_to_save_memory_are_the_same_run(train):
+    """Accumulation, chunks of the trajectory, checkpointing: the learning rate's schedule does not see them either."""
+    whole = {"train_batch_size": 4}
+    parts = {"train_batch_size": 2, "gradient_accumulation_steps": 2, "trajectory_chunk": 3}
+    options = {"max_train_steps": 3, "lr_scheduler": "linear", "max_train_samples": 7, "inversion_steps": 4, **LINEAR}
+    plain = train("plain", **whole, **options)
+    assert max(map(abs, logged(plain, "rewards/margins"))) > 0.1
+    assert_same(lora(train("parts", **parts, **options)), lora(plain), atol=2e-6)
+    saving = {"gradient_checkpointing": True, "vae_encode_batch_size": 1, "offload": True}
+    assert_same(lora(train("saving", **saving, **whole, **options)), lora(plain), atol=2e-6)
+    options |= {"objective": "inpo", "timesteps_per_pair": 4}
+    assert_same(lora(train("inpo in parts", **parts, **options)), lora(train("inpo", **whole, **options)), atol=2e-6)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"mixed_precision": "bf16"},
-        {"gradient_checkpointing": True},
-        {"use_8bit_adam": True},
-        {"loss_type": "hinge"},
-        {"loss_type": "ipo"},
-        {"label_smoothing": 0.1},
-        {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
-        {"inversion_order": 1, "inversion_spacing": "uniform"},
-        {"proportion_empty_prompts": 0.5, "random_crop": True, "random_flip": True, "dataloader_num_workers": 1},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "trajectory_chunk": 1, "label_smoothing": 0.1},
+        {"use_8bit_adam": True, "loss_type": "hinge", "lr_scheduler": "cosine", "lr_warmup_steps": 1},
+        {"random_crop": True, "random_flip": True, "proportion_empty_prompts": 0.5, "dataloader_num_workers": 1},
+        {"loss_type": "ipo", "lora_alpha": 8, "timesteps_per_pair": 1, "adam_weight_decay": 0},
     ],
-    ids=lambda options: "-".join(options),
+    ids=lambda options: next(iter(options)),
 )
-def test_options_train(train, options):
-    weights = lora(train(max_train_steps=2, **options))
+def test_options_that_go_together_train_a_lora_in_float32(train, options):
+    weights = lora(train(**options))
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
-    assert sum(value.abs().sum() for key, value in weights.items() if "lora_B" in key or "lora.up" in key) > 0
+    assert all(value.any() for value in lora_b(weights).values())
 
 
-@pytest.mark.parametrize("option", ["gradient_checkpointing", "half_the_batch_twice"])
-def test_same_weights_another_way(train, option):
-    """Checkpointing and accumulation are ways to save memory, not another run."""
-    plain = lora(train("plain", train_batch_size=4, max_train_steps=3))
-    other = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
-    options = other if option == "half_the_batch_twice" else {"train_batch_size": 4, option: True}
-    assert_same(lora(train("other", max_train_steps=3, **options)), plain, atol=2e-6)
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-@pytest.mark.parametrize("objective", ["inversion_dpo", "inpo"])
-def test_chunks_of_the_trajectory_give_the_same_weights(train, objective, loss_type):
-    options = {"objective": objective, "loss_type": loss_type, "timesteps_per_pair": 5, "max_train_steps": 3}
-    whole = lora(train("whole", trajectory_chunk=5, **options))
-    assert_same(lora(train("chunks", trajectory_chunk=2, **options)), whole, atol=2e-6)
-
-
-def test_chunks_cost_one_more_forward_and_keep_one_graph(train, monkeypatch):
-    calls = count_calls(monkeypatch)
-    train(max_train_steps=1, timesteps_per_pair=5, trajectory_chunk=2)
-    assert calls == [(4, False)] * 10 + [(8, False), (8, False), (4, False), (8, True), (8, True), (4, True)]
-
-
-@pytest.mark.parametrize("options", [{}, {"dataloader_num_workers": 1, "gradient_accumulation_steps": 3}], ids=str)
-def test_resuming_equals_never_stopping(train, options):
-    options = {"random_flip": True, "objective": "inpo", "lr_scheduler": "linear", **options}
-    whole = train("whole", max_train_steps=6, checkpointing_steps=3, **options)
-    stopped = whole.with_name("stopped")
-    stopped.mkdir()
-    shutil.copytree(whole / "checkpoint-3", stopped / "checkpoint-3")
-    resumed = train("stopped", max_train_steps=6, resume_from_checkpoint="latest", **options)
-    assert_same(lora(resumed), lora(whole))
-    assert not any(torch.equal(value, lora(whole / "checkpoint-3")[key]) for key, value in lora(whole).items())
-
-
-def test_checkpoints_are_limited(train):
-    output_dir = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_after_the_step(train, monkeypatch, number):
-    """Stopped in the middle of the third update's first batch, and resumed, the run ends where it would have."""
-    options = {"gradient_accumulation_steps": 2, "random_flip": True, "max_train_steps": 4, "objective": "inpo"}
-    whole = lora(train("whole", **options))
-    calls = []
-    original = train_inversion_dpo.encode_images
-
-    def encode_images(*args):
-        calls.append(number)
-        if len(calls) == 5:
-            os.kill(os.getpid(), number)
-        return original(*args)
-
-    monkeypatch.setattr(train_inversion_dpo, "encode_images", encode_images)
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(SystemExit) as stop:
-        train("stopped", **options)
-    assert stop.value.code == 128 + number
-    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    resumed = train("stopped", resume_from_checkpoint="latest", **options)
-    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    assert_same(lora(resumed), whole)
-
-
-def spoil_losses(monkeypatch, at_steps):
-    """Makes the loss NaN at these updates, counted from 0."""
-    seen = itertools.count()
-    original = train_inversion_dpo.preference_loss
-
-    def preference_loss(policy_error, *args):
-        loss, metrics = original(policy_error, *args)
-        return (loss * float("nan") if next(seen) in at_steps else loss), metrics
-
-    monkeypatch.setattr(train_inversion_dpo, "preference_loss", preference_loss)
-
-
-@pytest.mark.parametrize("precision", ["no", "fp16"])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, request, precision):
-    scalers = request.getfixturevalue("loss_scaling") if precision == "fp16" else []
-    spoil_losses(monkeypatch, at_steps={0, 2})
-    options = {"mixed_precision": precision, "checkpointing_steps": 1, "report_to": "tensorboard"}
-    output_dir = train(max_train_steps=4, max_bad_steps=2, trajectory_chunk=3, **options)
-    steps = {i: lora(output_dir / f"checkpoint-{i}") for i in range(1, 5)}
-    assert not any(value.any() for key, value in steps[1].items() if "lora_B" in key)
-    assert_same(steps[2], steps[3])
-    for earlier, later in ((1, 2), (3, 4)):
-        assert not any(
-            torch.equal(steps[earlier][key], value) for key, value in steps[later].items() if "lora_B" in key
-        )
-    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in steps[4].values())
-    assert logged(output_dir, "bad_steps") == [1, 1, 2, 2]
-    assert [scaler.get_scale() for scaler in scalers] == ([2.0**14] if precision == "fp16" else [])
-
-
-def test_fp16_learns_what_fp32_learns(train, loss_scaling):
-    """One update's margins, in half precision with loss scaling, are those of float32 within a tenth."""
-    options = {"max_train_steps": 4, "train_batch_size": 8, "learning_rate": 1e-3, "report_to": "tensorboard"}
-    half = logged(train("fp16", mixed_precision="fp16", **options), "rewards/margins")
-    assert loss_scaling
-    full = logged(train("fp32", mixed_precision="no", **options), "rewards/margins")
-    assert full[-1] > 0.1
-    assert half[-1] == pytest.approx(full[-1], rel=0.1)
-
-
-def test_too_many_bad_updates_in_a_row_end_the_run_and_keep_the_checkpoint(train, monkeypatch, tmp_path):
-    spoil_losses(monkeypatch, at_steps={2, 3, 4})
-    with pytest.raises(RuntimeError, match="not finite for 3 updates in a row"):
-        train(max_train_steps=9, max_bad_steps=3, checkpointing_steps=2)
-    assert all(value.isfinite().all() for value in lora(tmp_path / "run" / "checkpoint-2").values())
-
-
-def test_a_policy_that_does_not_move_is_an_error(train, monkeypatch, tmp_path):
-    """Comparing policy and reference with each other, as Inversion-DPO's released code does, never starts to learn."""
-
-    def released_loss(policy_error, reference_error, *args):
-        return original(policy_error * 0 + reference_error, reference_error, *args)
-
-    original = train_inversion_dpo.preference_loss
-    monkeypatch.setattr(train_inversion_dpo, "preference_loss", released_loss)
-    with pytest.raises(RuntimeError, match="after 10 updates the LoRA is still zero"):
-        train(max_train_steps=12, objective="inpo", inversion_steps=1)
-
-
-def test_seeds_differ_and_repeat(train):
-    first, again, other = (lora(train(str(i), seed=seed, max_train_steps=1)) for i, seed in enumerate((0, 0, 1)))
-    assert_same(first, again)
-    assert not any(torch.equal(first[key], other[key]) for key in first)
+def test_another_seed_is_another_run_and_scale_lr_scales(train):
+    first, other = train("0", max_train_steps=1), train("1", max_train_steps=1, seed=1, scale_lr=True)
+    assert not any(torch.equal(value, lora(other)[key]) for key, value in lora(first).items())
+    assert logged(first, "lr") == [1e-4] and logged(other, "lr") == pytest.approx([2e-4])
 
 
 def test_max_grad_norm_bites(train):
     """With an epsilon far above the gradient Adam's step is proportional to it, so clipping shortens the step."""
-    options = {"max_train_steps": 1, "adam_epsilon": 1e4, "learning_rate": 1e4, "report_to": "tensorboard"}
-    free_dir = train("free", max_grad_norm=1e9, adam_weight_decay=0, **options)
-    norm = logged(free_dir, "grad_norm")[0]
-    clipped = lora(train("clipped", max_grad_norm=norm / 10, adam_weight_decay=0, **options))
-    free = lora(free_dir)
-    up = [key for key in free if "lora_B" in key or "lora.up" in key]
-    for key in up:
-        torch.testing.assert_close(clipped[key], free[key] / 10, rtol=1e-2, atol=1e-7)
+    options = {"max_train_steps": 1, "adam_epsilon": 1e4, "learning_rate": 1e4, "adam_weight_decay": 0}
+    free = train("free", max_grad_norm=1e9, **options)
+    clipped = lora(train("clipped", max_grad_norm=logged(free, "grad_norm")[0] / 10, **options))
+    for key, value in lora_b(lora(free)).items():
+        torch.testing.assert_close(clipped[key], value / 10, rtol=1e-2, atol=1e-7)
 
 
-def test_logged_metrics(train):
-    output_dir = train(max_train_steps=3, report_to="tensorboard", lr_scheduler="linear", learning_rate=3e-4)
-    for tag in ("loss", "rewards/chosen", "rewards/rejected", "policy_error", "reference_error", "grad_norm"):
-        values = logged(output_dir, tag)
-        assert len(values) == 3 and all(abs(value) < 1e3 for value in values), tag
-    assert logged(output_dir, "lr") == pytest.approx([3e-4, 2e-4, 1e-4])
-    assert logged(output_dir, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
-    chosen, rejected = logged(output_dir, "rewards/chosen"), logged(output_dir, "rewards/rejected")
-    margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
-    assert logged(output_dir, "rewards/margins") == pytest.approx(margins, abs=1e-5)
-
-
-@pytest.fixture
-def timesteps_seen(monkeypatch):
-    """The timesteps (M, 2B) of every batch that is inverted."""
-    seen = []
-    original = train_inversion_dpo.invert
-
-    def invert(predict, latents, timesteps, *args, **options):
-        seen.append(timesteps)
-        return original(predict, latents, timesteps, *args, **options)
-
-    monkeypatch.setattr(train_inversion_dpo, "invert", invert)
-    return seen
-
-
-def test_zero_terminal_snr_is_never_trained_at_its_last_timestep(train, tiny_v_model, timesteps_seen):
-    model = {"pretrained_model_name_or_path": tiny_v_model}
-    train("band", min_timestep=998, train_batch_size=8, objective="inpo", max_train_steps=1, **model)
-    assert set(torch.cat(timesteps_seen).flatten().tolist()) == {998}
-
-
-def test_winner_and_loser_share_timesteps_and_pairs_do_not(train, timesteps_seen):
-    train(max_train_steps=1, train_batch_size=4, min_timestep=200, max_timestep=599)
-    winners, losers = timesteps_seen[0].chunk(2, dim=1)
-    assert winners.shape == (4, 4) and torch.equal(winners, losers)
+def test_winner_and_loser_share_timesteps_and_each_visit_draws_its_own(train, unet_calls):
+    """By the seed, even if it is the same pair each time."""
+    options = {"max_train_steps": 1, "train_batch_size": 4, "min_timestep": 200, "max_timestep": 599}
+    for seed in (0, 1):
+        train(str(seed), seed=seed, max_train_samples=1, inversion_steps=4, **options)
+    drawn = [timesteps.view(4, 8) for timesteps in trained_at(unet_calls)]
+    winners, losers = drawn[0].chunk(2, dim=1)
+    assert torch.equal(winners, losers) and not torch.equal(*drawn)
     assert len(set(winners[0].tolist())) > 1
     for m in range(4):  # one in each quarter of the band
         assert ((200 + 100 * m <= winners[m]) & (winners[m] < 300 + 100 * m)).all()
 
 
-def test_broken_rows_are_replaced_counted_and_named(train, tmp_path, caplog):
-    rows = pair_rows(6)
-    rows[2]["jpg_1"] = rows[2]["jpg_1"][:50]
-    rows[4]["caption"] = None
-    rows[5]["label_0"] = 0.5
-    data = write_parquet(rows, tmp_path / "broken")
-    output_dir = train(train_data_dir=data, train_batch_size=4, max_train_steps=2, max_bad_fraction=0.3)
-    assert (output_dir / LORA_FILE).exists()
-    warnings = [record.getMessage() for record in caplog.records]
-    assert sum("row 2 is skipped" in line and "unreadable image" in line for line in warnings) == 1
-    assert any("4 pairs, 1 ties left out, 1 rows skipped for no caption" in line for line in warnings)
-    assert any("1 rows were skipped for unreadable image" in line for line in warnings)
+def test_zero_terminal_snr_is_never_trained_at_its_last_timestep(train, tiny_v_model, unet_calls):
+    options = {"pretrained_model_name_or_path": tiny_v_model, "objective": "inpo", "max_train_steps": 1}
+    train(min_timestep=998, train_batch_size=8, inversion_steps=1, **options)
+    assert set(trained_at(unet_calls)[0].tolist()) == {998}
 
 
-def test_an_output_dir_in_use_is_refused_and_kept(train, refused, no_models, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / LORA_FILE).write_bytes(b"precious")
-    assert "--output_dir" in refused() and (folder / LORA_FILE).read_bytes() == b"precious"
-
-
-def test_a_resumed_run_must_be_the_same_run(train, refused, monkeypatch):
-    train(max_train_steps=1, checkpointing_steps=1)
-    message = refused(max_train_steps=2, rank=8, resume_from_checkpoint="latest")
-    assert "--rank is 8" in message and "was made with 4" in message
-    assert "--seed is 1" in refused(max_train_steps=2, seed=1, resume_from_checkpoint="latest")
-
-
-def test_a_finished_lora_without_a_checkpoint_is_kept(train, refused):
-    output_dir = train(max_train_steps=1)
-    before = lora(output_dir)
-    shutil.rmtree(output_dir / "checkpoint-1")
-    assert "--output_dir" in refused(resume_from_checkpoint="latest", max_train_steps=2)
-    assert_same(before, lora(output_dir))
-
-
-def test_epochs_are_counted_in_visits_also_after_the_batch_changed(train):
-    train(num_train_epochs=2, max_train_steps=None, train_batch_size=2, checkpointing_steps=8)  # 16 visits
-    options = {"max_train_steps": None, "resume_from_checkpoint": "latest", "train_batch_size": 4}
-    output_dir = train(num_train_epochs=3, **options)
-    assert (output_dir / "checkpoint-10").exists()  # 8 updates of 2 pairs, 2 of 4
-
-
-def test_resuming_with_another_batch_goes_on_at_the_next_visit(train, monkeypatch):
-    """The visit is in the checkpoint, so another geometry neither skips nor repeats a pair."""
-    visits = []
-    original = train_inversion_dpo.collate
-
-    def collate(examples, *args, **options):
-        visits.append([example["visit"] for example in examples])
-        return original(examples, *args, **options)
-
-    monkeypatch.setattr(train_inversion_dpo, "collate", collate)
-    train(max_train_steps=3, checkpointing_steps=3, train_batch_size=2)
-    geometry = {"train_batch_size": 4, "gradient_accumulation_steps": 2}
-    train(max_train_steps=5, checkpointing_steps=5, resume_from_checkpoint="latest", **geometry)
-    assert sum(visits, []) == list(range(6 + 2 * 8))
-
-
-def test_args_are_not_changed(train, monkeypatch):
-    seen = []
-    original = train_inversion_dpo.parse_args
-
-    def parse_args(argv):
-        args, error = original(argv)
-        seen.extend([args, dict(vars(args))])
-        return args, error
-
-    monkeypatch.setattr(train_inversion_dpo, "parse_args", parse_args)
-    train(max_train_steps=1)
-    assert vars(seen[0]) == seen[1]
-
-
-def test_copied_alone_into_an_empty_folder_it_trains(tiny_model, pairs_dir, tmp_path):
-    """Two files are enough, and what is left behind is what DESIGN promises."""
-    for name in ("train_inversion_dpo.py", "inversion_utils.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    digest = {path: hashlib.sha256(path.read_bytes()).digest() for path in tiny_model.rglob("*") if path.is_file()}
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train_inversion_dpo.py",
-        "--pretrained_model_name_or_path", tiny_model, "--train_data_dir", pairs_dir, "--output_dir", "out",
-        "--resolution", "32", "--max_train_steps", "2", "--rank", "4",
-    ]  # fmt: skip
-    environment = {key: value for key, value in ONE_THREAD.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "acc=" in done.stderr and "margin=" in done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["README.md", "checkpoint-2", "logs", LORA_FILE, "report.png", "training_config.json"]
-    )
-    assert all(hashlib.sha256(path.read_bytes()).digest() == value for path, value in digest.items())
-
-
-def launch(output_dir, tiny_model, pairs_dir, *options, processes=1):
-    """The command line that runs the script in a group of processes."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    )
-    return [
-        sys.executable, *launcher, ROOT / "train_inversion_dpo.py", "--pretrained_model_name_or_path", tiny_model,
-        "--train_data_dir", pairs_dir, "--output_dir", output_dir, "--resolution", "32", "--rank", "4",
-        "--train_batch_size", "2", *options,
-    ]  # fmt: skip
-
-
-ONE_THREAD = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-
-
-def test_two_processes_equal_one_and_resume_exactly(train, tiny_model, pairs_dir, tmp_path):
-    """Two CPU processes (gloo) with chunks and accumulation: the steps of one process, the same bits after a stop."""
-    method = {"trajectory_chunk": 3, "gradient_accumulation_steps": 2, "max_train_steps": 4, "max_train_samples": 7}
-    method["report_to"] = "tensorboard"
-    one = train("one", train_batch_size=4, **method)
-    options = [word for name, value in method.items() for word in (f"--{name}", str(value))]
-    command = launch(tmp_path / "two", tiny_model, pairs_dir, *options, "--checkpointing_steps", "2", processes=2)
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "updates of 8 pairs" in done.stderr
-    assert_same(lora(tmp_path / "two"), lora(one), atol=2e-6)
-    for tag in ("loss", "rewards/margins", "policy_error", "grad_norm"):  # means over the processes
-        assert logged(tmp_path / "two", tag) == pytest.approx(logged(one, tag), rel=1e-4, abs=1e-4), tag
-
-    shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "stopped" / "checkpoint-2")
-    resume = launch(
-        tmp_path / "stopped", tiny_model, pairs_dir, *options, "--resume_from_checkpoint", "latest", processes=2
-    )
-    done = subprocess.run(resume, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(lora(tmp_path / "stopped"), lora(tmp_path / "two"))
-
-
-def test_a_signal_to_the_whole_group_spares_the_workers(tiny_model, pairs_dir, tmp_path):
-    """As schedulers and launchers send it: data workers get it too, and must not die before the update is done."""
-    options = [
-        "--report_to",
-        "none",
-        "--max_train_steps",
-        "1000",
-        "--dataloader_num_workers",
-        "2",
-        "--gradient_accumulation_steps",
-        "4",
-    ]
-    command = launch(tmp_path / "run", tiny_model, pairs_dir, *options)
-    process = subprocess.Popen(command, env=ONE_THREAD, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    seen = ""
-    while "acc=" not in seen:
-        assert (character := process.stderr.read(1)), seen
-        seen += character
-    os.killpg(process.pid, signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM, rest[-3000:]
-    assert "SIGTERM: stopping after this update" in rest and "--resume_from_checkpoint latest" in rest
-    assert len(list((tmp_path / "run").glob("checkpoint-*/training_state.json"))) == 1
-    assert not (tmp_path / "run" / LORA_FILE).exists()
-
-
-def test_training_at_a_subset_of_timesteps(train, timesteps_seen, monkeypatch):
-    """As a distilled model is sampled: no other timestep is a target."""
+def test_training_at_a_subset_of_timesteps(train, unet_calls):
+    """As a distilled model is sampled: no other timestep is a target, and the inversion calls it at no other."""
     subset = [999, 249, 749, 499]
-    train("one", timesteps_subset=subset, objective="inpo", train_batch_size=8, max_train_steps=2)
-    assert set(torch.cat(timesteps_seen).flatten().tolist()) == set(subset)
-    timesteps_seen.clear()
-    calls = count_calls(monkeypatch)
+    train("one", timesteps_subset=subset, objective="inpo", train_batch_size=8)
+    assert set(torch.cat(trained_at(unet_calls)).tolist()) == set(subset)
+    unet_calls.clear()
     train("all", timesteps_subset=subset, max_train_steps=1)
-    assert all(column.tolist() == sorted(subset) for column in timesteps_seen[0].T)
-    assert calls == [(4, False)] * 5 + [(16, True)]  # at t = 0 and the four of the subset, then the policy's
+    assert set(torch.cat([call["timesteps"] for call in unet_calls]).tolist()) == {0, *subset}
+    assert trained_at(unet_calls)[0].view(4, 4).T.tolist() == [sorted(subset)] * 4
 
 
 @pytest.mark.parametrize(
-    ("targets", "count"), [(["to_q", "to_v"], 2), ([r".*up_blocks.*\.(to_q|to_k|conv1)"], 3), (["ff.net.2"], 1)]
+    ("targets", "modules"),
+    [(["to_q", "to_v"], {"to_q", "to_v"}), ([r".*up_blocks.*\.(to_q|conv1)"], {"to_q", "conv1"})],
 )
-def test_lora_target_modules_by_name_and_by_pattern(train, targets, count):
+def test_lora_target_modules_by_name_and_by_pattern(train, targets, modules):
     weights = lora(train(lora_target_modules=targets, max_train_steps=1))
-    kinds = {re.search(r"(to_\w|conv1|ff\.net\.2)\.lora", key)[1] for key in weights}
-    assert len(kinds) == count
-    if "up_blocks" in targets[0]:
-        assert all("up_blocks" in key for key in weights)
+    assert {re.search(r"(\w+)\.lora", key)[1] for key in weights} == modules
+    assert all("up_blocks" in key for key in weights) == ("up_blocks" in targets[0])
+
+
+# Going on
+
+
+def resume(train, whole, checkpoint, name, **options):
+    """Continues a run from one of its checkpoints in a folder of its own."""
+    shutil.copytree(whole / checkpoint, whole.with_name(name) / checkpoint)
+    return lora(train(name, resume_from_checkpoint="latest", **options))
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(train):
+    """From the middle of an epoch, to the bit, with workers too; also if the batch is divided in another way."""
+    options = {"random_flip": True, "random_crop": True, "proportion_empty_prompts": 0.3, "lr_scheduler": "linear"}
+    options |= {"max_train_steps": 4, "objective": "inpo", "inversion_steps": 2, **LINEAR}
+    whole = train("whole", train_batch_size=3, checkpointing_steps=2, **options)
+    assert not any(torch.equal(value, lora(whole / "checkpoint-2")[key]) for key, value in lora(whole).items())
+    again = resume(train, whole, "checkpoint-2", "again", train_batch_size=3, dataloader_num_workers=1, **options)
+    assert_same(again, lora(whole))
+    divided = {"train_batch_size": 1, "gradient_accumulation_steps": 3}
+    assert_same(resume(train, whole, "checkpoint-2", "divided", **divided, **options), lora(whole), atol=2e-6)
+
+
+def test_epochs_are_counted_in_pairs_also_after_the_batch_changed(train):
+    """And only as many checkpoints are kept as asked for."""
+    train(num_train_epochs=2, max_train_steps=None, checkpointing_steps=4, objective="diffusion_dpo")
+    options = {"objective": "diffusion_dpo", "resume_from_checkpoint": "latest", "checkpoints_total_limit": 2}
+    output_dir = train(num_train_epochs=3, max_train_steps=None, train_batch_size=4, **options)
+    assert len(logged(output_dir, "loss")) == 10  # 8 steps of 2 pairs, 2 of 4
+    assert {folder.name for folder in output_dir.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-10"}
+
+
+def test_a_signal_to_all_processes_saves_and_stops_after_the_step(train, script, monkeypatch):
+    """As launchers send it: the workers get it too, and must live until the step is done. The run goes on from there.
+
+    It comes with the first of the second step's batches.
+    """
+    options = {"gradient_accumulation_steps": 4, "max_train_steps": 3, "random_flip": True, **QUICK}
+    options["dataloader_num_workers"] = 1
+    whole = lora(train("whole", **options))
+    calls, encode_images = [], script.encode_images
+
+    def interrupted(*args):
+        calls.append(multiprocessing.active_children())
+        if len(calls) == 5:
+            for process in (*calls[-1], multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
+        return encode_images(*args)
+
+    monkeypatch.setattr(script, "encode_images", interrupted)
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stop:
+        train("stopped", **options)
+    assert stop.value.code == 128 + signal.SIGTERM and len(calls) == 8 and len(calls[4]) == 1
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    resumed = train("stopped", resume_from_checkpoint="latest", **options)
+    assert {folder.name for folder in resumed.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert_same(lora(resumed), whole)
+
+
+def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_model, pairs_dir, tmp_path):
+    """Two files are enough. Two processes on the CPU, with chunks and accumulation, take the steps of one process.
+
+    What is left behind is what DESIGN.md promises; one process goes on from the checkpoint of two.
+    """
+    method = {"trajectory_chunk": 3, "max_train_steps": 3, "max_train_samples": 7, "lr_scheduler": "linear", **LINEAR}
+    one = train("one", train_batch_size=8, **method)
+    for name in ("train_inversion_dpo.py", "inversion_utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    options = command_line(
+        pretrained_model_name_or_path=tiny_model, train_data_dir=pairs_dir, output_dir="two", resolution=32, rank=4,
+        train_batch_size=2, gradient_accumulation_steps=2, checkpointing_steps=2, **method,
+    )  # fmt: skip
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    environment = {key: value for key, value in ONE_THREAD.items() if key != "PYTHONPATH"}
+    digest = {file: hashlib.sha256(file.read_bytes()).digest() for file in tiny_model.rglob("*") if file.is_file()}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "train_inversion_dpo.py", *options],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    two = tmp_path / "two"
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((two / "training_config.json").read_text())["pairs_per_step"] == 8 and "margin=" in done.stderr
+    assert_same(lora(two), lora(one), atol=2e-6)
+    for name in ("loss", "rewards/margins", "policy_error", "grad_norm", "lr"):  # means over the processes
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4, abs=1e-4), name
+    names = {"README.md", "checkpoint-2", "checkpoint-3", "logs", LORA_FILE, "metrics.jsonl", "report.png"}
+    assert {path.name for path in two.iterdir()} == names | {"training_config.json"}
+    assert all(hashlib.sha256(file.read_bytes()).digest() == value for file, value in digest.items())
+    assert_same(resume(train, two, "checkpoint-2", "resumed", train_batch_size=8, **method), lora(two), atol=2e-6)
+
+
+# What goes wrong
+
+
+def spoil_losses(script, monkeypatch, at_steps):
+    """Makes the loss NaN at these steps, counted from 0."""
+    seen, preference_loss = itertools.count(), script.preference_loss
+
+    def spoilt(*args):
+        loss, metrics = preference_loss(*args)
+        return (loss * float("nan") if next(seen) in at_steps else loss), metrics
+
+    monkeypatch.setattr(script, "preference_loss", spoilt)
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(train, script, monkeypatch, request, precision):
+    scalers = request.getfixturevalue("loss_scaling") if precision == "fp16" else []
+    spoil_losses(script, monkeypatch, at_steps={0, 2})
+    options = {"mixed_precision": precision, "checkpointing_steps": 1, "lr_scheduler": "linear"}
+    output_dir = train(max_train_steps=4, trajectory_chunk=3, **options)
+    steps = {i: lora(output_dir / f"checkpoint-{i}") for i in range(1, 5)}
+    assert not any(value.any() for value in lora_b(steps[1]).values())
+    assert_same(steps[2], steps[3])
+    for earlier, later in ((1, 2), (3, 4)):
+        assert not any(torch.equal(steps[earlier][key], value) for key, value in lora_b(steps[later]).items())
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in steps[4].values())
+    assert logged(output_dir, "bad_steps") == [1, 1, 2, 2]
+    assert logged(output_dir, "loss")[0] is None
+    assert logged(output_dir, "lr") == pytest.approx([1e-4, 1e-4, 0.75e-4, 0.75e-4])  # good steps count
+    assert [scaler.get_scale() for scaler in scalers] == ([2.0**14] if precision == "fp16" else [])
+
+
+def test_fp16_learns_what_fp32_learns(train, request):
+    """The margins after three steps in half precision with loss scaling are those of float32 within a tenth."""
+    options = {"max_train_steps": 4, "train_batch_size": 8, "learning_rate": 1e-3, "inversion_steps": 4}
+    full = train("fp32", mixed_precision="no", **options)
+    scalers = request.getfixturevalue("loss_scaling")
+    half = train("fp16", mixed_precision="fp16", **options)
+    assert len(scalers) == 1 and logged(full, "rewards/margins")[-1] > 0.1
+    for name in ("rewards/margins", "grad_norm"):
+        assert logged(half, name)[-1] == pytest.approx(logged(full, name)[-1], rel=0.1)
+
+
+def test_twenty_bad_steps_in_succession_end_the_run(train, tmp_path):
+    """Here the first step throws the weights out of all bounds. Its checkpoint is kept."""
+    with pytest.raises(RuntimeError, match="20 bad steps in a row.*--learning_rate"):
+        train(learning_rate=1e30, max_train_steps=30, checkpointing_steps=19, **QUICK)
+    assert len(logged(tmp_path / "run", "loss")) == 21 and (tmp_path / "run" / "checkpoint-19").is_dir()
+
+
+def test_a_lora_that_does_not_move_is_an_error(train, tmp_path):
+    """Preferences of strength 0 and ties teach nothing, so the LoRA stays zero to the bit."""
+    rows = [{**row, "strength": 0.0, "label_0": 0.5 if i % 2 else 1.0} for i, row in enumerate(pair_rows(4))]
+    for row in rows[1::2]:
+        row["strength"] = 1.0
+    data = {"train_data_dir": write_parquet(rows, tmp_path / "data"), "strength_column": "strength"}
+    with pytest.raises(RuntimeError, match="after 10 steps the LoRA is still zero"):
+        train(tie_policy="soft", max_train_steps=12, checkpointing_steps=9, **data, **QUICK)
+    assert not any(value.any() for value in lora_b(lora(tmp_path / "run" / "checkpoint-9")).values())
+
+
+def test_rows_that_cannot_be_read_are_replaced_counted_and_named(train, tmp_path, caplog):
+    rows = pair_rows(6)
+    rows[2]["jpg_1"] = rows[2]["jpg_1"][:50]
+    rows[4]["caption"] = None
+    rows[5]["label_0"] = float("nan")
+    data = write_parquet(rows, tmp_path / "broken")
+    output_dir = train(train_data_dir=data, train_batch_size=5, max_train_steps=2)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    for row in (2, 4):
+        assert sum(f"row {row} is skipped" in line for line in warnings) == 1
+    assert json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] == 3
 
 
 @pytest.fixture
-def spoilt_latents(script, monkeypatch):
-    """Makes latents infinite: a dict of batch number, from 0, to the samples to spoil."""
-    spoil, original, calls = {}, script.encode_images, itertools.count()
+def overflowing(script, monkeypatch):
+    """A dict to fill: the images whose latents overflow, by the number of the batch, from 0."""
+    images, encode, calls = {}, AutoencoderKL.encode, itertools.count()
 
-    def encode_images(*args):
-        latents = original(*args)
-        latents[spoil.get(next(calls), [])] = float("inf")
-        return latents
+    def overflow(vae, *args, **options):
+        output = encode(vae, *args, **options)
+        output.latent_dist.mean[images.get(next(calls), [])] = float("inf")
+        return output
 
-    monkeypatch.setattr(script, "encode_images", encode_images)
-    return spoil
+    monkeypatch.setattr(AutoencoderKL, "encode", overflow)
+    return images
 
 
-def test_a_latent_that_is_not_finite_is_named_and_not_trained_on(train, spoilt_latents, tmp_path, caplog):
+def test_a_pair_whose_latents_overflow_is_named_and_teaches_nothing(train, overflowing, tmp_path, caplog):
     """Whatever else the pair says: with another caption the weights are the same."""
-    batches = itertools.islice(VisitBatches(8, 2, 0), 2)
-    row = list(batches)[1][1][1]  # of the second pair of the second batch
-    rows, weights = pair_rows(8), {}
+    overflowing.update({1: [1], 4: [1]})  # the winner of the second pair of the second batch, in either run
+    rows, weights = pair_rows(8), []
     for name in ("as it was", "another caption"):
-        rows[row]["caption"] = "a heart" if name == "another caption" else rows[row]["caption"]
-        spoilt_latents.update({1: [1], 4: [1]})  # its winner, in either run
-        data = write_parquet(rows, tmp_path / f"{name} data")
-        output_dir = train(name, train_data_dir=data, max_train_steps=3, train_batch_size=2, checkpointing_steps=1)
-        weights[name] = [lora(output_dir / f"checkpoint-{step}") for step in (1, 2, 3)]
+        data = write_parquet(rows, tmp_path / f"{name}, data")
+        output_dir = train(name, train_data_dir=data, max_train_steps=3)
+        weights.append(lora(output_dir))
         record = json.loads((output_dir / "training_config.json").read_text())
-        assert (
-            record["data"]["rows skipped while training for latents not finite"] == 1
-            and record["metrics"]["bad_steps"] == 0
-        )
-    names = [record.getMessage() for record in caplog.records if "latents not finite:" in record.getMessage()]
-    assert names == [f"[RANK 0] row {row} is skipped: latents not finite: the VAE overflows"] * 2
-    first, second, third = weights["as it was"]
-    for step in range(3):
-        assert_same(weights["as it was"][step], weights["another caption"][step])
-    assert not any(torch.equal(first[key], second[key]) or torch.equal(second[key], third[key]) for key in first)
+        assert record["data"]["rows skipped"] == 1 and record["metrics"]["bad_steps"] == 0
+        (row,) = {int(match[1]) for match in re.finditer(r"row (\d+) is skipped: .*overflow", caplog.text)}
+        rows[row]["caption"] = "a heart"
+    assert_same(*weights)
 
 
-def test_a_vae_that_always_overflows_ends_the_run(train, spoilt_latents, tmp_path):
-    spoilt_latents.update({batch: [0, 1] for batch in range(2, 9)})
-    with pytest.raises(RuntimeError, match="no latents were finite for 3 updates in a row.*pretrained_vae"):
-        train(max_train_steps=9, max_bad_steps=3, checkpointing_steps=1)
-    saved = [lora(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 3, 4)]
-    assert_same(saved[0], saved[1])
-    assert_same(saved[0], saved[2])
-
-
-def test_long_captions_are_cut_counted_and_named(train, tmp_path, caplog):
-    rows = pair_rows(4)
-    rows[1]["caption"] = "a heart " * 9
-    train(train_data_dir=write_parquet(rows, tmp_path / "long"), max_train_steps=4)
-    output_dir = tmp_path / "run"
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warnings == [
-        "[RANK 0] row 1 has its caption cut: 56 tokens, of which 16 are read",
-        "[RANK 0] 1 captions were longer than what is read",
-    ]
-    assert json.loads((output_dir / "training_config.json").read_text())["data"]["captions cut"] == 1
-    assert "captions cut 1" in (output_dir / "README.md").read_text()
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_a_vae_that_always_overflows_ends_the_run_and_moves_nothing(train, overflowing, tmp_path, request, precision):
+    _ = precision == "fp16" and request.getfixturevalue("loss_scaling")
+    overflowing.update({batch: [0, 1] for batch in range(4, 30)})
+    with pytest.raises(RuntimeError, match="20 bad steps in a row.*--pretrained_vae_model_name_or_path"):
+        train(max_train_steps=30, checkpointing_steps=4, mixed_precision=precision, **QUICK)
+    first, last = (lora(tmp_path / "run" / f"checkpoint-{step}") for step in (4, 16))
+    assert_same(first, last)
+    assert all(value.any() for value in lora_b(first).values())

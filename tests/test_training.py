@@ -1,6 +1,5 @@
-"""What the scripts share around the loop: chunked backward, LoRA files, checkpoints, number types."""
+"""What a run can be trusted with: its LoRA, its checkpoints, its folder, and the signals that stop it."""
 
-import argparse
 import json
 import os
 import signal
@@ -8,29 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import build_pipeline
+from accelerate import Accelerator
+from accelerate.utils.other import load as accelerate_load
+from conftest import assert_same, build_pipeline, logged, lora
 from diffusers import StableDiffusionPipeline
 
 from inversion_utils import (
     LORA_FILE,
+    METRICS_FILE,
     STATE_FILE,
-    Checkpoint,
     StopSignal,
     add_lora,
+    add_metrics,
     backward_in_chunks,
     check_output_dir,
-    check_resumed_run,
-    checkpoint_steps,
+    cut_metrics,
     encode_images,
     find_checkpoint,
-    is_zero_lora,
-    load_lora,
-    map_condition,
-    number,
     preference_loss,
+    read_metrics,
     reference_policy,
     save_lora,
 )
+
+pytestmark = pytest.mark.usefixtures("without_report")
+QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3}
+LATEST = {"resume_from_checkpoint": "latest"}
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -56,33 +58,20 @@ def test_chunks_give_the_gradient_of_one_pass(loss_type, inside, size):
     assert expected.abs().max() > 1e-3
 
 
-def test_lora_files_round_trip_in_float32(tmp_path):
-    unet = build_pipeline().unet.to(torch.bfloat16)
-    parameters = add_lora(unet, rank=4, lora_alpha=8)
-    assert is_zero_lora(unet) and all(parameter.dtype == torch.float32 for parameter in parameters)
-    for parameter in parameters:
+# The LoRA
+
+
+def test_a_saved_lora_is_the_policy_when_a_pipeline_loads_it(tmp_path):
+    unet, pipe = build_pipeline().unet, build_pipeline()
+    for parameter in add_lora(unet, rank=4, lora_alpha=8):
         torch.nn.init.normal_(parameter)
-    assert not is_zero_lora(unet)
-    before = [parameter.clone() for parameter in parameters]
-    assert save_lora(unet, tmp_path, StableDiffusionPipeline) == tmp_path / "pytorch_lora_weights.safetensors"
-    for parameter in parameters:
-        torch.nn.init.zeros_(parameter)
-    load_lora(unet, tmp_path, StableDiffusionPipeline)
-    after = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    assert list(unet.peft_config) == ["default"]
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(after, before, strict=True))
-    pipe = build_pipeline()
+    assert save_lora(unet, tmp_path, StableDiffusionPipeline) == tmp_path / LORA_FILE
     pipe.load_lora_weights(tmp_path)
-    assert pipe.unet.peft_config["default_0"].lora_alpha == 8
-
-
-def test_a_lora_of_another_rank_does_not_fit(tmp_path):
-    unet, other = build_pipeline().unet, build_pipeline().unet
-    add_lora(unet, 4, 4)
-    add_lora(other, 8, 8)
-    save_lora(unet, tmp_path, StableDiffusionPipeline)
-    with pytest.raises(ValueError, match="another --rank"):
-        load_lora(other, tmp_path, StableDiffusionPipeline)
+    x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([10]), torch.randn(1, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(pipe.unet(x, t, text).sample, unet(x, t, text).sample)
+    half = build_pipeline().unet.to(torch.bfloat16)
+    assert all(parameter.dtype == torch.float32 for parameter in add_lora(half, 4, 4))
 
 
 def test_the_reference_is_the_base_even_after_an_error():
@@ -110,10 +99,58 @@ def test_latents_are_the_scaled_mode_in_float32():
     torch.testing.assert_close(latents, mode * 0.5, rtol=0.05, atol=0.01)
 
 
-def test_conditions_are_mapped_at_any_depth():
-    cond = {"encoder_hidden_states": torch.ones(2), "added_cond_kwargs": {"time_ids": torch.zeros(2)}}
-    doubled = map_condition(lambda a, b: torch.cat([a, b]), cond, cond)
-    assert doubled["encoder_hidden_states"].shape == doubled["added_cond_kwargs"]["time_ids"].shape == (4,)
+# Checkpoints
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all_and_a_resumed_run_is_the_same(train, tmp_path, monkeypatch):
+    """To the bit, with a schedule and data workers; the metrics are one line a step, as of a run without a break."""
+    options = {**QUICK, "max_train_steps": 5, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "random_flip": True}
+    options |= {"checkpointing_steps": 1, "dataloader_num_workers": 1}
+    whole = train("whole", **options)
+    save_state, folder = Accelerator.save_state, tmp_path / "broken"
+
+    def save(self, output_dir, *args):
+        save_state(self, output_dir, *args)
+        if output_dir.name.endswith("-4"):
+            raise OSError("killed here")
+
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    with pytest.raises(OSError):
+        train("broken", **options)
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3)]
+    assert len((folder / METRICS_FILE).read_text().splitlines()) == 4
+    with (folder / METRICS_FILE).open("a") as stream:
+        stream.write('{"step": 5, "lo')  # as if killed while writing
+    train("broken", **{**options, **LATEST, "checkpointing_steps": 5})
+    assert_same(lora(folder), lora(whole))
+    assert (folder / METRICS_FILE).read_text() == (whole / METRICS_FILE).read_text()
+    names = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
+    assert names == {f"checkpoint-{i}" for i in (1, 2, 3, 5)}
+
+
+def test_a_checkpoint_holds_no_code_and_the_oldest_go(train):
+    """What accelerate reads of it, it reads without running what a pickle says."""
+    output_dir = train(**QUICK, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2, **LATEST)
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    names = {path.name for path in (output_dir / "checkpoint-3").iterdir()}
+    assert names == {LORA_FILE, STATE_FILE, "optimizer.bin", "random_states_0.pkl"}
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        assert accelerate_load(output_dir / "checkpoint-3" / name, weights_only=True)
+
+
+def test_other_options_of_a_resumed_run_are_named_and_count(train, caplog):
+    train(**QUICK, max_train_steps=2, checkpointing_steps=2)
+    caplog.clear()
+    changes = {"learning_rate": 5e-4, "beta_dpo": 500.0, "adam_weight_decay": 0.5, "train_batch_size": 4}
+    output_dir = train(**{**QUICK, **changes}, max_train_steps=3, **LATEST)
+    (line,) = [record.getMessage() for record in caplog.records if "--learning_rate" in record.getMessage()]
+    assert all(f"--{name}" in line for name in changes) and "--rank" not in line and "--resume" not in line
+    assert logged(output_dir, "lr") == [1e-3, 1e-3, 5e-4] and logged(output_dir, "step") == [1, 2, 3]
+    state = json.loads((output_dir / "checkpoint-3" / STATE_FILE).read_text())
+    assert state["visit"] == 2 * 2 + 4  # no pair is skipped or seen twice
+    optimizer = torch.load(output_dir / "checkpoint-3" / "optimizer.bin", weights_only=True)
+    assert optimizer["param_groups"][0]["weight_decay"] == 0.5
 
 
 @pytest.fixture
@@ -121,66 +158,71 @@ def run_dir(tmp_path):
     """Folder of a run with checkpoints 9 and 10, an unfinished one, and one that is none."""
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
-        state = {"step": 10, "visit": 40, "num_pairs": 8, "options": {"rank": 4, "output_dir": "a"}}
-        state |= {"metrics": [], "stream": None, "bad_rows": {}, "cut_captions": {}}
+        state = {"step": 10, "visit": 40, "good_steps": 9, "num_pairs": 8, "options": {"rank": 4}, "skipped": {}}
         (tmp_path / name / STATE_FILE).write_text(json.dumps(state))
     return tmp_path
 
 
-def test_checkpoints_are_found_by_step_not_by_name(run_dir):
-    assert list(checkpoint_steps(run_dir)) == [9, 10]
-    newest = Checkpoint(run_dir / "checkpoint-10", 10, 40, 8, {"rank": 4, "output_dir": "a"}, [], None, {}, {})
-    assert find_checkpoint(run_dir, "latest") == find_checkpoint(run_dir, "checkpoint-10") == newest
+def test_checkpoints_are_found_by_step_not_by_name(run_dir, monkeypatch):
+    newest = find_checkpoint(run_dir, "latest")
+    assert newest.folder == run_dir / "checkpoint-10" and (newest.visit, newest.options) == (40, {"rank": 4})
+    assert find_checkpoint(run_dir, "checkpoint-10") == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-10")) == newest
     assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
     assert find_checkpoint(run_dir, None) is None is find_checkpoint(run_dir / "empty", "latest")
-    for name in ("checkpoint-11", "partial-checkpoint-11", "checkpoint-x", str(run_dir)):
-        with pytest.raises(ValueError, match="--resume_from_checkpoint .* no such checkpoint"):
-            find_checkpoint(run_dir, name)
-
-
-def test_a_checkpoint_that_is_not_the_newest_of_its_run_is_refused(run_dir):
-    """Going on from it would leave checkpoint-10 of another course beside its own."""
-    with pytest.raises(ValueError, match="checkpoint-10 of the same run is newer"):
-        find_checkpoint(run_dir, "checkpoint-9")
-
-
-def test_the_name_is_looked_up_in_the_output_dir_first(run_dir, monkeypatch):
     (run_dir / "other" / "checkpoint-10").mkdir(parents=True)
     (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text("{}")
     monkeypatch.chdir(run_dir / "other")
-    assert find_checkpoint(run_dir, "checkpoint-10").visit == 40
+    assert find_checkpoint(run_dir, "checkpoint-10") == newest  # the name is looked up in the output_dir first
+    for name in ("checkpoint-11", str(run_dir), "checkpoint-9"):  # from 9, the newer one would be of another course
+        with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+            find_checkpoint(run_dir, name)
 
 
-def test_a_damaged_state_is_named(run_dir):
-    (run_dir / "checkpoint-10" / STATE_FILE).write_text("{}")
-    with pytest.raises(ValueError, match="checkpoint-10/training_state.json is damaged"):
-        find_checkpoint(run_dir, "latest")
+def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
+    file = tmp_path / METRICS_FILE
+    assert read_metrics(file) == []
+    for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
+        add_metrics(file, step, {"loss": value})
+    assert all(json.loads(line) for line in file.read_text().splitlines()) and "NaN" not in file.read_text()
+    with file.open("a") as stream:
+        stream.write('{"step": 4')
+    assert [row["step"] for row in read_metrics(file)] == [1, 2, 3]
+    cut_metrics(file, 2)
+    rows = read_metrics(file)
+    assert rows[0] == {"step": 1, "loss": 0.5} and rows[1]["step"] == 2 and rows[1]["loss"] != rows[1]["loss"]
+    assert len(rows) == 2
 
 
-def test_a_resumed_run_keeps_its_data_and_options_but_for_the_free_ones(run_dir):
-    checkpoint = find_checkpoint(run_dir, "latest")
-    check_resumed_run(checkpoint, 8, {"rank": 4, "output_dir": "b"}, free={"output_dir"})
-    with pytest.raises(ValueError, match="--rank is 8, .* was made with 4"):
-        check_resumed_run(checkpoint, 8, {"rank": 8, "output_dir": "a"}, free={"output_dir"})
-    with pytest.raises(ValueError, match="the data have 9 pairs, .* was made with 8"):
-        check_resumed_run(checkpoint, 9, {"rank": 4, "output_dir": "a"}, free={"output_dir"})
+# Folders
 
 
-def test_output_dirs_in_use_or_unusable(run_dir):
-    check_output_dir(run_dir / "new" / "deep", None)
-    assert not any((run_dir / "new" / "deep").iterdir())
+def test_a_folder_that_holds_only_pictures_of_another_run_is_refused_and_kept(refused, no_models, tmp_path):
+    (tmp_path / "run" / "validation").mkdir(parents=True)
+    assert "--output_dir" in refused()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["validation"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, tmp_path):
+    """Such as a job that is preempted and repeated by a scheduler."""
+    (tmp_path / "run" / "validation").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    output_dir = train(**LATEST)
+    assert [row["step"] for row in read_metrics(output_dir / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_folder_with_checkpoints_is_kept_for_the_run_that_continues_it(run_dir):
     checkpoint = find_checkpoint(run_dir, "latest")
     check_output_dir(run_dir, checkpoint)
-    with pytest.raises(ValueError, match="--output_dir .* continue that run with --resume_from_checkpoint latest"):
+    check_output_dir(run_dir / "new" / "deep", None)
+    assert not any((run_dir / "new" / "deep").iterdir())
+    with pytest.raises(ValueError, match="--output_dir .*--resume_from_checkpoint latest"):
         check_output_dir(run_dir, None)
     (run_dir / "new" / LORA_FILE).touch()
-    for stranger in (None, checkpoint):  # a finished LoRA of another run is never replaced
-        with pytest.raises(ValueError, match="--output_dir .* move it away"):
-            check_output_dir(run_dir / "new", stranger)
     (run_dir / "file").touch()
-    with pytest.raises(ValueError, match="--output_dir .* cannot be written"):
-        check_output_dir(run_dir / "file", None)
+    for other in ("new", "file"):
+        with pytest.raises(ValueError, match="--output_dir"):
+            check_output_dir(run_dir / other, checkpoint)
 
 
 def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path):
@@ -189,25 +231,19 @@ def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path
         list(pool.map(lambda _: check_output_dir(tmp_path, None), range(200)))
 
 
-def test_the_first_signal_is_remembered_and_the_second_one_ends(monkeypatch):
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered_and_the_second_one_acts_as_before(number):
     lines, ends = [], []
-    previous = signal.signal(signal.SIGTERM, lambda *args: ends.append(args))
+    previous = signal.signal(number, lambda *args: ends.append(args))
     try:
         stop = StopSignal(lines.append)
         assert stop.received == 0
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == signal.SIGTERM and "SIGTERM" in lines[0] and not ends
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        assert stop.received == number and number.name in lines[0] and not ends
+        os.kill(os.getpid(), number)
         assert len(ends) == 1 and len(lines) == 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-@pytest.mark.parametrize("text", ["0", "5", "nan", "inf", "-1"])
-def test_numbers_out_of_range(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"is {text}; allowed: at least 1 and below 5"):
-        number(float, least=1, below=5)(text)
-    assert number(float, least=1, below=5)("4.5") == 4.5
-    assert number(float, above=0, most=1)("1") == 1
-    with pytest.raises(argparse.ArgumentTypeError, match="allowed: above 0 and at most 1"):
-        number(float, above=0, most=1)("0" if text == "5" else text)
+        signal.signal(number, previous)
