@@ -44,6 +44,7 @@ COMMAND_LINES = [
     {"hub_token": "hf_secret", "report_to": "wandb"},
     {"push_to_hub": True}, {"push_to_hub": True, "hub_model_id": "not a name"},
     {"streaming": True}, {"learning_rat": 1e-4},  # of an earlier version, and an abbreviation
+    {"winner_column": "jpg_0", "loser_column": "jpg_1", "label_column": "label_1"},
     {"output_dir": "data/lora", "train_data_dir": "data"}, {"inversion_cache_dir": "data", "train_data_dir": "data"},
 ]
 # fmt: on

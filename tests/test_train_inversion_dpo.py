@@ -402,6 +402,7 @@ def test_rows_that_cannot_be_read_are_replaced_counted_and_named(train, tmp_path
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     for row in (2, 4):
         assert sum(f"row {row} is skipped" in line for line in warnings) == 1
+    train(train_data_dir=data, train_batch_size=5, max_train_steps=2, resume_from_checkpoint="latest")  # nothing to do
     assert json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] == 3
 
 
