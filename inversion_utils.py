@@ -911,8 +911,9 @@ def fingerprint(model: str, commit: str | None) -> str:
 
 LORA_FILE, CARD_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "README.md", "training_config.json"
 METRICS_FILE, REPORT_FILE, VALIDATION_DIR = "metrics.jsonl", "report.png", "validation"
-RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, METRICS_FILE, VALIDATION_DIR)  # beside checkpoints and logs
-PUSHED = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE, f"{VALIDATION_DIR}/step-*.png")
+FINAL_RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # of a run that ended
+RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR)  # beside checkpoints and logs
+PUSHED = (*FINAL_RESULTS, f"{VALIDATION_DIR}/step-*.png")
 STATE_FILE = "training_state.json"  # of a checkpoint
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -1152,7 +1153,7 @@ def check_output_dir(
 ) -> None:
     """Raises ValueError if the folder cannot be written, or holds another run than the one that is resumed."""
     folder, checkpoints = Path(output_dir), find_checkpoints(output_dir)
-    results = RESULTS[:4] if resume_from_checkpoint == "latest" else RESULTS  # a killed run may have left the others
+    results = FINAL_RESULTS if resume_from_checkpoint == "latest" else RESULTS  # a killed run may have left the others
     found = checkpoints[-1:] + [folder / name for name in results if (folder / name).exists()]
     if found and not (checkpoint and checkpoint.folder.resolve().parent == folder.resolve()):
         remedy = "continue that run with --resume_from_checkpoint latest" if checkpoints else "move it away"
