@@ -22,6 +22,7 @@ import html
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -30,6 +31,7 @@ import shlex
 import shutil
 import signal
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +39,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # 1  Inversion
 
@@ -494,6 +496,45 @@ def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below
     return parse
 
 
+def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Returns the command line, after the options of the file that its `--config` names, so that it wins.
+
+    The file is YAML or JSON, options by name, or a run's `training_config.json`. Ends the program if it is of no use.
+    """
+    import yaml
+
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", type=os.path.expanduser)
+    file, words = finder.parse_known_args(argv)[0].config, []
+    if file is None:
+        return list(argv)
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+        # In YAML `no` would be false, and 1e-4 text: all scalars stay as they are written, and argparse reads them.
+        values = json.loads(text) if file.endswith(".json") else yaml.load(text, Loader=yaml.BaseLoader)
+        values = values.get("options", values) if isinstance(values, dict) else None
+        if not isinstance(values, dict):
+            raise ValueError("it does not hold options by name")
+        for name, value in values.items():
+            if name not in actions:
+                raise ValueError(f"there is no option called {name}")
+            if value is None or name == "config" or (isinstance(value, str) and value in ("", "~", "null")):
+                continue
+            action, is_list = actions[name], isinstance(value, list)
+            if isinstance(value, dict) or (is_list and action.nargs != "+"):
+                raise ValueError(f"{name} is {value}; needed: a single value")
+            if isinstance(action, argparse.BooleanOptionalAction):
+                if str(value).lower() not in ("true", "false"):
+                    raise ValueError(f"{name} is {value}; allowed: true and false")
+                words.append(f"--{name}" if str(value).lower() == "true" else f"--no-{name}")
+            else:
+                words += [f"--{name}", *map(str, value)] if is_list else [f"--{name}={value}"]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"--config {file}: {one_line(error)}")
+    return [*words, *argv]
+
+
 def load_pairs(args: argparse.Namespace) -> "PreferencePairs":
     """Returns the pairs that the data options name; raises ValueError, naming the option, if there are none."""
     from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
@@ -909,12 +950,13 @@ def fingerprint(model: str, commit: str | None) -> str:
 
 # 5  Training
 
-LORA_FILE, CARD_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "README.md", "training_config.json"
-METRICS_FILE, REPORT_FILE, VALIDATION_DIR = "metrics.jsonl", "report.png", "validation"
-FINAL_RESULTS = (LORA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # of a run that ended
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+CARD_FILE, CONFIG_FILE, REPORT_FILE = "README.md", "training_config.json", "report.png"
+METRICS_FILE, VALIDATION_DIR = "metrics.jsonl", "validation"
+FINAL_RESULTS = (LORA_FILE, KOHYA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # of a run that ended
 RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR)  # beside checkpoints and logs
 PUSHED = (*FINAL_RESULTS, f"{VALIDATION_DIR}/step-*.png")
-STATE_FILE = "training_state.json"  # of a checkpoint
+STATE_FILE, RAW_LORA_FILE = "training_state.json", "raw_lora_weights.safetensors"  # of a checkpoint
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -928,12 +970,13 @@ def check_launcher(environment: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def reference_policy(unet) -> Iterator[None]:
-    """Within it, `unet` is the reference policy: the same weights with the LoRA switched off."""
-    unet.disable_adapters()
+    """Within it, `unet` is the reference policy: the same weights with the LoRA switched off, or a frozen one on."""
+    is_frozen_lora = "reference" in unet.peft_config
+    unet.set_adapter("reference") if is_frozen_lora else unet.disable_adapters()
     try:
         yield
     finally:
-        unet.enable_adapters()
+        unet.set_adapter("default") if is_frozen_lora else unet.enable_adapters()
 
 
 @contextlib.contextmanager
@@ -1006,16 +1049,77 @@ class RunningMeans:
         return dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
 
-def add_lora(unet, rank: int, lora_alpha: float, targets: Sequence[str] = LORA_TARGETS) -> list[torch.nn.Parameter]:
-    """Adds a LoRA in float32 to a U-Net, freezes all else, and returns the LoRA's parameters.
+def read_lora(path: str | Path, unet_config: dict[str, Any], lora_loader, **options) -> dict[str, torch.Tensor]:
+    """Returns a U-Net's LoRA in float32, from a file, a folder or the Hub, in any of the formats that diffusers reads.
+
+    The names are PEFT's: `<module>.lora_A.weight` (rank, in, ...) and `<module>.lora_B.weight` (out, rank, ...). The
+    latter contains alpha / rank, and lower ranks are filled up with zeros, so one rank holds for all modules, and
+    alpha equals it. `options` go to `lora_loader.lora_state_dict`.
+
+    Raises ValueError if it is no LoRA, of another model, of a text encoder too, or of a kind with other weights.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.tuners.lora import LoraLayer
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(unet_config)
+    logging.disable(logging.ERROR)  # diffusers logs what is raised here
+    try:
+        weights, alphas, metadata = lora_loader.lora_state_dict(
+            str(path), unet_config=unet.config, return_lora_metadata=True, use_safetensors=True, **options
+        )
+        weights = convert_unet_state_dict_to_peft(weights)  # every name, where diffusers looks at the first alone
+        for name in weights:
+            if not name.startswith("unet."):
+                raise ValueError(f"{name} does not belong to a U-Net; a LoRA of the text encoder is not supported")
+            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise ValueError(f"{name} is not a LoRA's down- or up-projection")
+        unet.load_lora_adapter(
+            weights, prefix="unet", network_alphas=alphas, metadata=metadata, adapter_name="default",
+            low_cpu_mem_usage=True,
+        )  # fmt: skip
+    except Exception as error:  # damaged, missing and foreign files fail in many kinds
+        raise ValueError(one_line(error)) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, LoraLayer)}
+    if 2 * len(layers) != len(weights):
+        raise ValueError(f"it has {len(weights) / 2:g} modules, of which this model has {len(layers)}")
+    rank, lora = max(layer.r["default"] for layer in layers.values()), {}
+    for name, layer in layers.items():
+        down, up = (weights[f"unet.{name}.lora_{x}.weight"] for x in "AB")  # the model's own copies are empty
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
+        up, missing = up.float() * layer.scaling["default"], rank - len(down)
+        lora[f"{name}.lora_A.weight"] = F.pad(down.float(), [0, 0] * (down.ndim - 1) + [0, missing])
+        lora[f"{name}.lora_B.weight"] = F.pad(up, [0, 0] * (up.ndim - 2) + [0, missing])
+    return lora
+
+
+def lora_shape(lora: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
+    """Returns the rank of a LoRA of `read_lora`, and the names of its modules."""
+    down = {name.removesuffix(".lora_A.weight"): value for name, value in lora.items() if ".lora_A." in name}
+    return len(next(iter(down.values()))), sorted(down)
+
+
+def add_lora(
+    unet, rank: int, lora_alpha: float, targets: Sequence[str] = LORA_TARGETS, init=None, reference="base"
+) -> list[torch.nn.Parameter]:
+    """Adds a LoRA in float32, adapter "default", to a U-Net, freezes all else, and returns the LoRA's parameters.
 
     `targets` are modules' names or the ends of names, or a single regular expression that matches names as a whole.
+    `init`, from `read_lora`, is where the LoRA begins, and what decides its rank, alpha and targets. With `reference`
+    "init" a frozen copy of it, adapter "reference", is added, to which `reference_policy` switches.
     Raises ValueError if a target fits no module.
     """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+    from peft import LoraConfig, set_peft_model_state_dict
 
     is_pattern = len(targets) == 1 and any(character in targets[0] for character in "*+?|()[]^$\\")
+    if init:
+        rank, targets = lora_shape(init)
+        lora_alpha, is_pattern = rank, False
     modules = targets[0] if is_pattern else list(targets)
     names = [f".{name}" for name, _ in unet.named_modules()]
     lost = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
@@ -1023,51 +1127,123 @@ def add_lora(unet, rank: int, lora_alpha: float, targets: Sequence[str] = LORA_T
     try:
         if lost and not is_pattern:
             raise ValueError(f"no module of the U-Net is called {lost[0]}")
-        unet.add_adapter(
-            LoraConfig(r=rank, target_modules=modules, lora_alpha=lora_alpha, init_lora_weights="gaussian")
-        )
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # a second adapter is meant
+        for adapter in ("reference", "default") if reference == "init" else ("default",):  # the last one is active
+            config = LoraConfig(r=rank, target_modules=modules, lora_alpha=lora_alpha, init_lora_weights="gaussian")
+            unet.add_adapter(config, adapter)
+            cast_training_params(unet, dtype=torch.float32)
+            if init:
+                set_peft_model_state_dict(unet, init, adapter_name=adapter)
     except (ValueError, re.error) as error:
         raise ValueError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from error
-    cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def save_lora(unet, folder: str | Path, lora_loader) -> Path:
-    """Writes the U-Net's LoRA to `folder`, loadable with `pipe.load_lora_weights(folder)`, and returns the file."""
-    from diffusers.training_utils import _collate_lora_metadata
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft.utils import get_peft_model_state_dict
+def lora_weights(unet) -> dict[str, torch.Tensor]:
+    """Returns the adapter "default" as `read_lora` does: with alpha / rank in the up-projections."""
+    from peft import get_peft_model_state_dict
 
-    partial = "partial_" + LORA_FILE
-    lora_loader.save_lora_weights(
-        save_directory=folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        weight_name=partial,
-        **_collate_lora_metadata({"unet": unet}),
-    )
-    return (Path(folder) / partial).replace(Path(folder) / LORA_FILE)
+    config = unet.peft_config["default"]
+    weights = {name: value.float().cpu() for name, value in get_peft_model_state_dict(unet).items()}
+    scale = config.lora_alpha / config.r
+    return {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
 
 
-def register_lora_checkpointing(accelerator, unet, lora_loader) -> None:
-    """Makes `accelerator.save_state` and `load_state` keep the LoRA, adapter "default", instead of the whole U-Net."""
-    from diffusers.utils import convert_unet_state_dict_to_peft
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+def write_lora(file: Path, lora: dict[str, torch.Tensor]) -> None:
+    """Writes a LoRA of `read_lora` as `pipe.load_lora_weights` reads it, with PEFT's names for every module."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from safetensors.torch import save
+
+    rank, modules = lora_shape(lora)
+    config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": modules}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
+    write_whole(file, save({f"unet.{name}": value.contiguous() for name, value in lora.items()}, metadata))
+
+
+def sgm_names(unet_config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what modules of diffusers' SDXL U-Net, or the beginnings of their names, are called in sgm's code."""
+    layers, kinds = unet_config["layers_per_block"], unet_config["up_block_types"]
+    layers = [layers] * len(kinds) if isinstance(layers, int) else layers
+    names = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "mid_block.attentions.0": "middle_block.1"}
+    for k in (0, 2):
+        names[f"time_embedding.linear_{k // 2 + 1}"] = f"time_embed.{k}"
+        names[f"add_embedding.linear_{k // 2 + 1}"] = f"label_emb.0.{k}"
+
+    def add_resnet(name, sgm_name):
+        parts = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3"}
+        for part, sgm_part in {**parts, "conv_shortcut": "skip_connection"}.items():
+            names[f"{name}.{part}"] = f"{sgm_name}.{sgm_part}"
+
+    add_resnet("mid_block.resnets.0", "middle_block.0")
+    add_resnet("mid_block.resnets.1", "middle_block.2")
+    k = 0
+    for i, count in enumerate(layers):
+        for j in range(count):
+            k += 1
+            add_resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{k}.0")
+            names[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{k}.1"
+        k += 1
+        names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{k}.0.op"
+    k = -1
+    for i, count in enumerate(reversed(layers)):
+        for j in range(count + 1):
+            k += 1
+            add_resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{k}.0")
+            names[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{k}.1"
+        place = 2 if "Attn" in kinds[i] else 1  # behind the resnet, and the attention if there is one
+        names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{k}.{place}.conv"
+    return names
+
+
+def write_kohya(file: Path, lora: dict[str, torch.Tensor], unet_config: Mapping[str, Any]) -> None:
+    """Writes a LoRA of `read_lora` with kohya's names, as ComfyUI, Forge, AUTOMATIC1111 and sd-scripts read it.
+
+    They are made of diffusers' module names for SD 1.5 and 2.x, and of sgm's for SDXL.
+    """
+    from safetensors.torch import save
+
+    (rank, modules), tensors = lora_shape(lora), {}
+    sgm = sgm_names(unet_config) if unet_config.get("addition_embed_type") == "text_time" else {}
+    for module in modules:
+        start = next((start for start in sgm if f"{module}.".startswith(f"{start}.")), "")
+        name = "lora_unet_" + (sgm.get(start, "") + module.removeprefix(start)).replace(".", "_")
+        tensors[f"{name}.lora_down.weight"] = lora[f"{module}.lora_A.weight"].contiguous()
+        tensors[f"{name}.lora_up.weight"] = lora[f"{module}.lora_B.weight"].contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+    about = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    write_whole(file, save(tensors, {"format": "pt", **about}))
+
+
+def hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    """Returns a hash of tensors and their names."""
+    from safetensors.torch import save
+
+    return hashlib.sha256(save(dict(sorted(tensors.items())))).hexdigest()
+
+
+def register_lora_checkpointing(accelerator, unet) -> None:
+    """Makes `accelerator.save_state` and `load_state` keep the LoRA, adapter "default", instead of the whole U-Net.
+
+    A checkpoint holds it twice: as `write_lora` does, and raw, since folding alpha / rank in is not exactly undone.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file, save
 
     def save_hook(models, weights, folder):
         if accelerator.is_main_process:
-            save_lora(unet, folder, lora_loader)
+            write_lora(Path(folder) / LORA_FILE, lora_weights(unet))
+            raw = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+            write_whole(Path(folder) / RAW_LORA_FILE, save(raw))
         if weights:
             weights.pop()
 
     def load_hook(models, folder):
         models.clear()
-        state_dict, _ = lora_loader.lora_state_dict(folder, weight_name=LORA_FILE)
-        state_dict = {key.removeprefix("unet."): value.float() for key, value in state_dict.items()}
-        state_dict = convert_unet_state_dict_to_peft(state_dict)
-        expected = {key: value.shape for key, value in get_peft_model_state_dict(unet).items()}
-        if expected != {key: value.shape for key, value in state_dict.items()}:
-            raise ValueError(f"{Path(folder) / LORA_FILE} does not fit: it belongs to another model or another --rank")
-        set_peft_model_state_dict(unet, state_dict, adapter_name="default")
+        raw = load_file(Path(folder) / RAW_LORA_FILE)
+        expected = {name: value.shape for name, value in get_peft_model_state_dict(unet).items()}
+        if expected != {name: value.shape for name, value in raw.items()}:
+            raise ValueError(f"{Path(folder) / RAW_LORA_FILE} does not fit: it belongs to another model or --rank")
+        set_peft_model_state_dict(unet, raw, adapter_name="default")
 
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
@@ -1081,6 +1257,7 @@ class Checkpoint(NamedTuple):
     visit: int  # the next one, see `PreferenceDataset`
     good_steps: int  # that were not skipped, by which the learning rate's schedule goes
     num_pairs: int  # in the data, on which the order of the visits depends
+    lora_init: str | None  # the hash of the LoRA that the run began with
     options: dict[str, Any]
     skipped: dict[str, str]  # rows so far, with the reason each
 
@@ -1103,9 +1280,12 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         return None
     named = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
     folders = checkpoints[-1:] if resume_from_checkpoint == "latest" else named
-    folder = next((folder for folder in folders if (folder / STATE_FILE).exists()), None)
+    files = (STATE_FILE, RAW_LORA_FILE)
+    folder = next((folder for folder in folders if all((folder / file).exists() for file in files)), None)
     if folder is None:
-        raise ValueError(f"{option}: allowed are 'latest' and a folder checkpoint-<step> with {STATE_FILE} in it")
+        raise ValueError(
+            f"{option}: allowed are 'latest' and a folder checkpoint-<step> that holds {' and '.join(files)}"
+        )
     if folder.resolve() in [older.resolve() for older in checkpoints[:-1]]:
         raise ValueError(f"{option}: {checkpoints[-1].name} is newer; move it away, or name another --output_dir")
     try:
@@ -1114,19 +1294,20 @@ def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) 
         raise ValueError(f"{option}: {folder / STATE_FILE} is damaged: {one_line(error)}") from error
 
 
-def check_resumed_run(checkpoint: Checkpoint, num_pairs: int, options: dict[str, Any]) -> str:
+def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs: int, lora_init: str | None) -> str:
     """Returns, in words, the options that differ from those of the checkpoint.
 
     Raises ValueError if another run would come of it: other data, another objective or LoRA, the cache on or off.
     """
-    before = {**checkpoint.options, "num_pairs": checkpoint.num_pairs}
-    now = {**options, "num_pairs": num_pairs}
-    for name in ("num_pairs", "objective", "rank", "lora_alpha", "lora_target_modules", "inversion_cache_dir"):
+    before = {**checkpoint.options, "num_pairs": checkpoint.num_pairs, "lora_init": checkpoint.lora_init}
+    now, names = {**options, "num_pairs": num_pairs, "lora_init": lora_init}, ("num_pairs", "objective", "reference")
+    for name in (*names, "lora_init", "rank", "lora_alpha", "lora_target_modules", "inversion_cache_dir"):
         is_same = before[name] == now[name] or (name.endswith("_dir") and before[name] and now[name])
         if not is_same:
             raise ValueError(f"--resume_from_checkpoint: {name} is {now[name]}, but {checkpoint.folder} was made with "
                              f"{before[name]}; a run must keep it")  # fmt: skip
-    names = [name for name in options if options[name] != before.get(name) and name != "resume_from_checkpoint"]
+    names = [name for name in options if options[name] != checkpoint.options.get(name)]
+    names = [name for name in names if name not in ("resume_from_checkpoint", "config", "lora_init")]
     return ", ".join(f"--{name} {options[name]} (it was {before.get(name)})" for name in names)
 
 
@@ -1215,27 +1396,32 @@ def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, l
 
 
 class Validation:
-    """Samples prompts with the LoRA off and on, from the same seeds: pictures of two rows, base model above LoRA.
+    """Samples prompts at several scales of the LoRA, from the same seeds: pictures with a column for each scale.
 
     The pipeline is made of the models that train. Training goes on as if nothing had been sampled.
 
     Args:
-        folder: pictures are written to `folder`/step-<step>-prompt-<number>.png, with a column for each seed.
+        folder: pictures are written to `folder`/step-<step>-prompt-<number>.png, with a row for each seed.
+        scales: of the LoRA; 0 is the base model.
         sampling: keyword arguments of the pipeline's call.
         autocast: context of the pipeline's calls.
         warn: called with a line if sampling fails.
     """
 
-    def __init__(self, pipeline, folder, prompts, seeds, sampling, autocast, warn):
+    def __init__(self, pipeline, folder, prompts, seeds, scales, sampling, autocast, warn):
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline, self.folder, self.prompts, self.seeds = pipeline, Path(folder), prompts, seeds
-        self.sampling, self.autocast, self.warn = sampling, autocast, warn
+        self.scales, self.sampling, self.autocast, self.warn = scales, sampling, autocast, warn
         self._base = None  # the base model's samples never change
+
+    def load(self, folder: Path) -> None:
+        """Puts the LoRA that was saved in the place of the one that was trained, which ends training."""
+        self.pipeline.unet.delete_adapters(list(self.pipeline.unet.peft_config))
+        self.pipeline.load_lora_weights(folder, adapter_name="default")
 
     def sample(self, step: int) -> list[Path]:
         """Returns the pictures' files, in the order of the prompts; none, and a warning, if that fails."""
         from accelerate.utils.memory import clear_device_cache
-        from diffusers.utils import make_image_grid
 
         unet = self.pipeline.unet
         was_training, devices = unet.training, [unet.device] if unet.device.type == "cuda" else []
@@ -1245,19 +1431,43 @@ class Validation:
         unet.eval()
         try:
             with eager, torch.random.fork_rng(devices), on_device(others, unet.device):
-                if self._base is None:
-                    with reference_policy(unet):
-                        self._base = [self._sample(prompt) for prompt in self.prompts]
-                samples = [self._sample(prompt) for prompt in self.prompts]
+                columns = [self._sample_all(scale) for scale in self.scales]
             self.folder.mkdir(exist_ok=True)
-            for file, base, with_lora in zip(files, self._base, samples, strict=True):
-                make_image_grid([*base, *with_lora], rows=2, cols=len(self.seeds)).save(file)
+            for file, *samples in zip(files, *columns, strict=True):
+                self._picture(samples).save(file)
         except Exception as error:  # out of memory, above all: no reason to lose what was trained
             self.warn(f"no validation pictures at step {step}, training goes on: {one_line(error)}")
             files = []
         unet.train(was_training)
         clear_device_cache()
         return files
+
+    def _sample_all(self, scale: float) -> list[list[Image.Image]]:
+        """Returns a list of samples for each prompt, with the LoRA at a scale."""
+        unet = self.pipeline.unet
+        if scale == 0 and self._base:
+            return self._base
+        try:
+            unet.set_adapters("default", scale) if scale else unet.disable_adapters()
+            samples = [self._sample(prompt) for prompt in self.prompts]
+        finally:
+            unet.set_adapters("default", 1.0) if scale else unet.enable_adapters()
+        self._base = self._base or (None if scale else samples)
+        return samples
+
+    def _picture(self, samples: list[list[Image.Image]]) -> Image.Image:
+        """Returns samples, a list for each scale, side by side, with the scales above them."""
+        from diffusers.utils import make_image_grid
+
+        rows = [image for row in zip(*samples, strict=True) for image in row]
+        grid = make_image_grid(rows, rows=len(self.seeds), cols=len(self.scales))
+        width, text = grid.width // len(self.scales), max(10, grid.width // len(self.scales) // 16)
+        picture = ImageOps.expand(grid, (0, 2 * text, 0, 0), "white")
+        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(text)
+        for i, scale in enumerate(self.scales):
+            label = f"LoRA {scale:g}" if scale else "base model"
+            pen.text(((i + 0.5) * width, text), label, "black", font, anchor="mm")
+        return picture
 
     @torch.no_grad()
     def _sample(self, prompt: str) -> list[Image.Image]:
@@ -1324,8 +1534,12 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], repo_id: str | 
         tags=["lora", "diffusers", "text-to-image", "dpo", "inversion-dpo", "template:sd-lora"],
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in pictures.items()] or None,
     )
+    columns = ", ".join(f"LoRA {s:g}" if s else "base model" for s in options["validation_lora_scales"])
+    files = f"`{LORA_FILE}` is for diffusers"
+    if options["output_kohya_format"]:
+        files += f", `{KOHYA_FILE}`, the same LoRA, for ComfyUI, Forge, AUTOMATIC1111 and sd-scripts"
     prompts = [html.escape(" ".join(prompt.split())) or "(empty prompt)" for prompt in pictures]
-    gallery = [f"<p>{p}</p>\n\n![base model above]({f})\n" for p, f in zip(prompts, pictures.values(), strict=True)]
+    gallery = [f"<p>{p}</p>\n\n![{columns}]({f})\n" for p, f in zip(prompts, pictures.values(), strict=True)]
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", record["command"]))])
     where, newline = base if names[base] == base else f"path/to/{Path(base).name}", "\n"
     return f"""---
@@ -1336,18 +1550,21 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], repo_id: str | 
 A LoRA for {names[base]}, aligned with preference pairs (a better and a worse image for the same caption) by
 inversion-based DPO ([arXiv 2507.11554](https://arxiv.org/abs/2507.11554),
 [arXiv 2503.18454](https://arxiv.org/abs/2503.18454)), objective `{options["objective"]}`. The base model's licence
-applies. {"The same prompts and seeds, base model above, with the LoRA below:" if pictures else ""}
+applies. {f"The same prompts and seeds, from left to right: {columns}." if pictures else ""}
 
 {newline.join(gallery)}
 ```python
 from diffusers import {record["pipeline"]}
 
 pipe = {record["pipeline"]}.from_pretrained({where!r}).to("cuda")
-pipe.load_lora_weights({repo_id or "path/to/this/folder"!r})
+pipe.load_lora_weights({repo_id or "path/to/this/folder"!r}, adapter_name="aligned")
+pipe.set_adapters("aligned", 1.0)  # a lower scale keeps more of the base model
 ```
 
+{files}.
+
 Data: {names[dataset]}; {", ".join(f"{name} {count}" for name, count in record["data"].items())}.
-{record["steps"]} steps of {record["pairs_per_step"]} pairs at {options["resolution"]} pixels.
+{record["steps"]} steps of {record["pairs_per_step"]} pairs at {options["resolution"]} pixels, rank {record["rank"]}.
 
 {fence}
 {record["command"]}

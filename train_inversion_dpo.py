@@ -13,6 +13,7 @@
 #     "matplotlib>=3.10",
 #     "huggingface_hub>=2.4",
 #     "tensorboard>=2.20",
+#     "pyyaml>=6.0",
 # ]
 # ///
 """Aligns Stable Diffusion 1.5 / 2.x with preference pairs: a LoRA by inversion-based DPO.
@@ -67,6 +68,8 @@ from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xfo
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from inversion_utils import (
+    KOHYA_FILE,
+    LORA_FILE,
     LORA_TARGETS,
     LOSS_TYPES,
     METRICS_FILE,
@@ -95,10 +98,13 @@ from inversion_utils import (
     fingerprint,
     finite_pairs,
     forward_noise,
+    hash_tensors,
     invert,
     leave_signals_to_the_main_process,
     load_pairs,
     log_pictures,
+    lora_shape,
+    lora_weights,
     noise_from_model_output,
     note_skipped,
     number,
@@ -107,13 +113,16 @@ from inversion_utils import (
     prediction_error,
     preference_loss,
     push_to_hub,
+    read_lora,
     reference_policy,
     register_lora_checkpointing,
     sample_timesteps,
     save_checkpoint,
-    save_lora,
     to_device,
     visit_batches,
+    with_config,
+    write_kohya,
+    write_lora,
     write_results,
 )
 
@@ -135,6 +144,7 @@ def parse_args(argv=None):
     )
     count, natural, positive = number(int, least=1), number(int, least=0), number(float, above=0)
     fraction, path = number(float, least=0, below=1), os.path.expanduser
+    flag = {"action": argparse.BooleanOptionalAction, "default": False}
 
     # fmt: off
     add = parser.add_argument_group("model").add_argument
@@ -144,6 +154,8 @@ def parse_args(argv=None):
     add("--revision", help="revision of the model on the Hub")
     add("--variant", help="variant of the model's files, such as fp16")
     add("--cache_dir", type=path, help="folder for downloads")
+    add("--config", type=path,
+        help="file of options, YAML or JSON, such as a run's training_config.json; the command line wins")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", type=path, help="preference pairs: whatever datasets.load_dataset takes")
@@ -161,8 +173,8 @@ def parse_args(argv=None):
     add("--tie_policy", choices=["drop", "soft"], default="drop", help="leave ties out, or teach no preference")
     add("--max_train_samples", type=count, help="use only the first N pairs")
     add("--resolution", type=count, default=512, help="pixels of a side; higher is slower and takes more memory")
-    add("--random_crop", action="store_true", help="crop at random, winner and loser alike, instead of at the centre")
-    add("--random_flip", action="store_true", help="mirror half of the pairs, winner and loser alike")
+    add("--random_crop", **flag, help="crop at random, winner and loser alike, instead of at the centre")
+    add("--random_flip", **flag, help="mirror half of the pairs, winner and loser alike")
     add("--proportion_empty_prompts", type=fraction, default=0.0, help="share of captions emptied; the papers use 0.2")
     add("--dataloader_num_workers", type=natural, default=0, help="processes that load images; 0: the main one")
 
@@ -191,53 +203,60 @@ def parse_args(argv=None):
     add("--inversion_cache_dir", type=path, help="folder for latents, noise, reference errors and text embeddings")
     add("--cached_draws", type=count, default=4,
         help="draws of timesteps, crop and flip per pair, one per epoch in turn; more vary more and take more disk")
-    add("--precompute_only", action="store_true", help="fill the cache with all draws of all pairs, train nothing")
+    add("--precompute_only", **flag, help="fill the cache with all draws of all pairs, train nothing")
 
     add = parser.add_argument_group("LoRA and optimization").add_argument
     add("--rank", type=count, default=16, help="rank of the LoRA; higher learns more and takes more memory")
     add("--lora_alpha", type=positive, help="scale of the LoRA, times 1 / rank; higher learns faster (rank)")
     add("--lora_target_modules", nargs="+", default=list(LORA_TARGETS),
         help="modules that get a LoRA: ends of names, or one regular expression; more learn more and take more memory")
+    add("--lora_init", type=path, help="LoRA to go on from, which decides rank, alpha and targets: path or Hub id")
+    add("--reference", choices=["base", "init"], default="base",
+        help="reference policy: the base model, or the base model with the LoRA of --lora_init")
     add("--learning_rate", type=positive, default=1e-4, help="learning rate after warm-up")
-    add("--scale_lr", action="store_true", help="multiply the learning rate by processes x accumulation x batch size")
+    add("--scale_lr", **flag, help="multiply the learning rate by processes x accumulation x batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="schedule of the learning rate")
     add("--lr_warmup_steps", type=natural, default=0, help="steps over which the learning rate rises from 0")
     add("--train_batch_size", type=count, default=4, help="pairs per process and forward; more take more memory")
     add("--gradient_accumulation_steps", type=count, default=1, help="batches per step; more are steadier and slower")
     add("--num_train_epochs", type=count, default=1, help="passes over the pairs, if --max_train_steps is not given")
     add("--max_train_steps", type=count, help="optimizer steps in all, instead of --num_train_epochs")
-    add("--use_8bit_adam", action="store_true", help="Adam with 8-bit states, by bitsandbytes")
+    add("--use_8bit_adam", **flag, help="Adam with 8-bit states, by bitsandbytes")
     add("--adam_beta1", type=fraction, default=0.9, help="decay of Adam's mean; higher remembers longer")
     add("--adam_beta2", type=fraction, default=0.999, help="decay of Adam's variance; higher is smoother")
     add("--adam_weight_decay", type=fraction, default=1e-2, help="weight decay of the LoRA; higher keeps it smaller")
     add("--adam_epsilon", type=positive, default=1e-8, help="floor of Adam's denominator; higher makes smaller steps")
     add("--max_grad_norm", type=positive, default=1.0, help="norm to which gradients are clipped; lower is steadier")
-    add("--gradient_checkpointing", action="store_true", help="less memory, about a third slower policy call")
+    add("--gradient_checkpointing", **flag, help="less memory, about a third slower policy call")
     add("--quantize_base", choices=["nf4", "int8"],
         help="keep the U-Net's frozen linear layers in 4 or 8 bits, on a GPU: less memory, less exact, slower")
-    add("--offload", action="store_true", help="keep VAE and text encoders in CPU memory between uses; slower")
-    add("--compile", action="store_true", help="compile the U-Net's blocks: slow first steps, faster others")
+    add("--offload", **flag, help="keep VAE and text encoders in CPU memory between uses; slower")
+    add("--compile", **flag, help="compile the U-Net's blocks: slow first steps, faster others")
     add("--vae_encode_batch_size", type=count, default=8, help="images per VAE call; fewer take less memory")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the frozen parts (accelerate's setting)")
-    add("--allow_tf32", action="store_true", help="faster, less exact float32 products on Ampere GPUs and later")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers attention instead of SDPA")
+    add("--allow_tf32", **flag, help="faster, less exact float32 products on Ampere GPUs and later")
+    add("--enable_xformers_memory_efficient_attention", **flag, help="xformers attention instead of SDPA")
 
-    add = parser.add_argument_group("validation: pictures without and with the LoRA, from the same seeds").add_argument
+    add = parser.add_argument_group("validation: pictures at scales of the LoRA, from the same seeds").add_argument
     add("--validation_prompts", nargs="+", help="prompts to sample, each in quotes; also sampled at the end")
     add("--validation_steps", type=count, default=100, help="steps between validations; fewer take more time")
+    add("--validation_lora_scales", type=number(float, least=0), nargs="+", default=[0.0, 1.0],
+        help="columns of the pictures; 0 is the base model, and a lower scale keeps more of it")
     add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and take time")
     add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
     add("--validation_guidance_scale", type=number(float, least=0), default=7.5,
         help="guidance of the samples; higher obeys the prompt more and varies less")
 
     add = parser.add_argument_group("Hugging Face Hub").add_argument
-    add("--push_to_hub", action="store_true", help="upload LoRA, card, pictures and configuration at the end")
+    add("--push_to_hub", **flag, help="upload LoRA, card, pictures and configuration at the end")
     add("--hub_model_id", help="repository, as user/name (the name of --output_dir)")
     add("--hub_token", help="token that may write; HF_TOKEN or `hf auth login` keep it out of the command line")
-    add("--hub_private_repo", action="store_true", help="create the repository as a private one")
+    add("--hub_private_repo", **flag, help="create the repository as a private one")
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=path, required=True, help="folder for the LoRA, checkpoints, pictures and logs")
+    add("--output_kohya_format", **flag,
+        help=f"also write {KOHYA_FILE}, for ComfyUI, Forge, AUTOMATIC1111 and sd-scripts")
     add("--seed", type=number(int, least=0, most=2**32 - 1), default=0, help="the same seed gives the same run")
     add("--checkpointing_steps", type=count, default=100, help="steps between checkpoints; the last has one too")
     add("--checkpoints_total_limit", type=count, help="keep only the N newest checkpoints")
@@ -246,7 +265,7 @@ def parse_args(argv=None):
     add("--report_to", choices=[*LoggerType.list(), "none"], default="tensorboard", help="where metrics are logged")
     # fmt: on
 
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_config(parser, argv))
     check_args(args, parser.error)
     return args, parser.error
 
@@ -276,6 +295,10 @@ def check_args(args, error):
         error(f"--inversion_steps is {args.inversion_steps}; allowed: {timesteps_per_pair(args)} timesteps and more")
     if args.inversion_model == "policy" and (args.inversion_cache_dir or args.objective == "diffusion_dpo"):
         error("--inversion_model policy goes with an objective that inverts, and without --inversion_cache_dir")
+    if args.reference == "init" and not args.lora_init:
+        error("--reference init needs --lora_init")
+    if args.lora_init and (args.rank, args.lora_alpha, args.lora_target_modules) != (16, None, list(LORA_TARGETS)):
+        error("--lora_init decides these itself: --rank, --lora_alpha and --lora_target_modules")
     if args.precompute_only and not args.inversion_cache_dir:
         error("--precompute_only needs --inversion_cache_dir")
     if args.hub_token and args.report_to not in ("tensorboard", "none"):
@@ -326,9 +349,9 @@ def vae_location(args):
 
 
 def read_configs(args):
-    """Returns the noise scheduler, the pipeline's own configuration ({} without one), and fingerprints of the model.
+    """Returns noise scheduler, the pipeline's configuration or {}, fingerprints of the model, and the initial LoRA.
 
-    Loads no weights. Raises ValueError if this script does not align the model.
+    Loads no weights of the model. Raises ValueError if this script does not align it.
     """
     model, (vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
     source, pipeline_config, part = f"--pretrained_model_name_or_path {model}", {}, "unet"
@@ -358,10 +381,16 @@ def read_configs(args):
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     if args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
-    if args.lora_target_modules != list(LORA_TARGETS):
+    lora_init, fingerprints = None, [fingerprint(model, commit), fingerprint(vae_path, vae_commit)]
+    if args.lora_init:
+        try:
+            lora_init = read_lora(args.lora_init, unet, LORA_LOADER, cache_dir=args.cache_dir)
+        except ValueError as error:
+            raise ValueError(f"--lora_init {args.lora_init}: {error}") from error
+    elif args.lora_target_modules != list(LORA_TARGETS):
         with torch.device("meta"):
             add_lora(UNet2DConditionModel.from_config(unet), 1, 1, args.lora_target_modules)
-    return noise_scheduler, pipeline_config, [fingerprint(model, commit), fingerprint(vae_path, vae_commit)]
+    return noise_scheduler, pipeline_config, fingerprints, lora_init
 
 
 def load_unet(args, weight_dtype):
@@ -458,7 +487,7 @@ def start(args, error):
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
-def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs):
+def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs, lora_hash):
     """Returns the cache of the targets with this run's settings, the same in all processes."""
     names = ["resolution", "random_crop", "random_flip", "proportion_empty_prompts", "tie_policy", "seed"]
     names += ["variant", "allow_tf32", "quantize_base", *(name for name in vars(args) if name.endswith("_column"))]
@@ -467,6 +496,7 @@ def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs):
         "model": fingerprints,
         "configs": [{k: v for k, v in config.items() if not k.startswith("_")} for config in configs],
         "dtype": str(weight_dtype),
+        "reference": lora_hash if args.reference == "init" else None,
         "data": [pairs.fingerprint, len(pairs)],
         "timesteps": [timesteps_per_pair(args), int(timesteps[0]), int(timesteps[-1]), args.timesteps_subset],
         "inversion_steps": None if args.objective == "diffusion_dpo" else inversion_steps(args),
@@ -515,7 +545,7 @@ def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_
     )  # fmt: skip
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     policy, prepared_optimizer = accelerator.prepare(unet, optimizer)
-    register_lora_checkpointing(accelerator, unet, LORA_LOADER)
+    register_lora_checkpointing(accelerator, unet)
     if checkpoint:
         accelerator.load_state(checkpoint.folder)
         accelerator.step = 0  # checkpoints lie between steps, whatever the accumulation was
@@ -535,7 +565,8 @@ def make_validation(args, accelerator, *parts):
     }  # fmt: skip
     return Validation(
         make_pipeline(args, *parts), Path(args.output_dir) / VALIDATION_DIR, args.validation_prompts,
-        range(args.seed, args.seed + args.num_validation_images), sampling, accelerator.autocast, logger.warning,
+        range(args.seed, args.seed + args.num_validation_images), args.validation_lora_scales, sampling,
+        accelerator.autocast, logger.warning,
     )  # fmt: skip
 
 
@@ -560,10 +591,11 @@ def main(argv=None):
         check_launcher(os.environ)
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir, checkpoint, args.resume_from_checkpoint)
-        noise_scheduler, pipeline_config, fingerprints = read_configs(args)
+        noise_scheduler, pipeline_config, fingerprints, lora_init = read_configs(args)
+        lora_hash = hash_tensors(lora_init) if lora_init else None
         training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
-        changed = check_resumed_run(checkpoint, len(pairs), options) if checkpoint else ""
+        changed = check_resumed_run(checkpoint, options, len(pairs), lora_hash) if checkpoint else ""
         train_dataset = PreferenceDataset(
             pairs, args.resolution, num_targets, args.seed,
             args.random_crop, args.random_flip, args.proportion_empty_prompts,
@@ -590,7 +622,7 @@ def main(argv=None):
     try:
         if args.inversion_cache_dir:
             configs = (pipeline_config, noise_scheduler.config)
-            cache = open_cache(args, pairs, training_timesteps, weight_dtype, fingerprints, configs)
+            cache = open_cache(args, pairs, training_timesteps, weight_dtype, fingerprints, configs, lora_hash)
             first, end = visit, visit + visits_per_step * max(0, max_train_steps - step)
             if args.precompute_only:
                 first, end = 0, len(pairs) * args.cached_draws
@@ -607,7 +639,9 @@ def main(argv=None):
     for module in (base,) if args.offload or not has_encoders else (base, vae, *text_encoders):
         module.to(device)
     del module  # which would keep a text encoder in memory
-    lora_parameters = add_lora(base, args.rank, args.lora_alpha or args.rank, args.lora_target_modules)
+    lora_parameters = add_lora(
+        base, args.rank, args.lora_alpha or args.rank, args.lora_target_modules, lora_init, args.reference
+    )
     if args.gradient_checkpointing:
         base.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -712,7 +746,7 @@ def main(argv=None):
         f"{training_timesteps[0]} to {training_timesteps[-1]}; parameters: {sum(p.numel() for p in lora_parameters):,}"
     )
     progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    means, usable_rows, bad_steps_in_a_row = RunningMeans(), [], 0
+    means, usable_rows, bad_steps_in_a_row, has_moved = RunningMeans(), [], 0, False
     policy.train()
 
     for batch in dataloader if step < max_train_steps else ():
@@ -775,12 +809,13 @@ def main(argv=None):
             reason = "loss or gradient are not finite" if usable_share else NOT_FINITE
             remedy = "a lower --learning_rate, another --mixed_precision or --pretrained_vae_model_name_or_path"
             raise RuntimeError(f"{MAX_BAD_STEPS} bad steps in a row: {reason}. Try {remedy}")
-        if good_steps == 10 and not any(value.any() for name, value in base.named_parameters() if "lora_B" in name):
-            raise RuntimeError("after 10 steps the LoRA is still zero: do winner and loser differ in any pair?")
+        has_moved = has_moved or logs["grad_norm"] > 0
+        if good_steps == 10 and not has_moved:
+            raise RuntimeError("after 10 steps the LoRA is unchanged: do winner and loser differ in any pair?")
         if is_stopping or step % args.checkpointing_steps == 0 or step == max_train_steps:
             folder = output_dir / f"checkpoint-{step}"
             known = dict(gather_object(list(skipped.items())))
-            reached = Checkpoint(folder, step, visit, good_steps, len(pairs), options, known)
+            reached = Checkpoint(folder, step, visit, good_steps, len(pairs), lora_hash, options, known)
             save_checkpoint(accelerator, reached, args.checkpoints_total_limit)
         if validation and step % args.validation_steps == 0 and step < max_train_steps and not is_stopping:
             log_pictures(accelerator, validation.sample(step), step)
@@ -797,13 +832,20 @@ def main(argv=None):
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
         exit_code = 128 + (stop.received or signal.SIGTERM)  # as a shell reports a signal
     elif accelerator.is_main_process:
-        logger.info(f"Saved {save_lora(base, output_dir, LORA_LOADER)}")
-        files = validation.sample(step) if validation else []
+        lora, files = lora_weights(base), []
+        write_lora(output_dir / LORA_FILE, lora)
+        if args.output_kohya_format:
+            write_kohya(output_dir / KOHYA_FILE, lora, base.config)
+        logger.info(f"Saved {output_dir / LORA_FILE}")
+        if validation:
+            validation.load(output_dir / LORA_FILE)
+            files = validation.sample(step)
         log_pictures(accelerator, files, step)
         command = shlex.join([Path(sys.argv[0]).name, *argv])
         record = {
             "command": command.replace(args.hub_token, "...") if args.hub_token else command,
             "pipeline": PIPELINE,
+            "rank": lora_shape(lora)[0],
             "steps": step,
             "pairs_per_step": visits_per_step,
             "processes": num_processes,

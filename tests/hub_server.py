@@ -1,10 +1,11 @@
-"""A Hub on loopback: what the Hugging Face client calls to create a model repository and upload a folder to it.
+"""A Hub on loopback: what the Hugging Face client calls to create a model repository, upload a folder, and read files.
 
 It keeps what it receives in memory and answers errors with the Hub's statuses and headers. All files travel within the
-commit. Left out: LFS and Xet, checks of cards, other users, data sets, branches, pull requests, deletions, downloads.
+commit. Left out: LFS and Xet, checks of cards, other users, data sets, branches, pull requests, deletions.
 """
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -91,7 +92,14 @@ class HubServer:
 
     def info(self, _, repo_id):
         repo = self.find(repo_id, write=False)
-        return {"id": repo_id, "sha": "0" * 40, "private": bool(repo.private)}
+        files = [{"rfilename": name} for name in repo.files]
+        return {"id": repo_id, "sha": "0" * 40, "private": bool(repo.private), "siblings": files}
+
+    def file(self, _, repo_id, name):
+        files = self.find(repo_id, write=False).files
+        if name not in files:
+            raise Refusal(404, "Entry not found", "EntryNotFound")
+        return files[name]
 
     def check_write(self, _, repo_id):
         self.find(repo_id)
@@ -120,6 +128,8 @@ ROUTES = [
     ("POST", "/api/validate-yaml", HubServer.validate_yaml),
     ("GET", "/api/models/([^/]+/[^/]+)(?:/revision/main)?", HubServer.info),
     ("GET", "/api/models/([^/]+/[^/]+)/auth-check/write", HubServer.check_write),
+    ("GET", "/([^/]+/[^/]+)/resolve/main/(.+)", HubServer.file),
+    ("HEAD", "/([^/]+/[^/]+)/resolve/main/(.+)", HubServer.file),
     ("POST", "/api/models/([^/]+/[^/]+)/preupload/main", HubServer.preupload),
     ("POST", "/api/models/([^/]+/[^/]+)/commit/main", HubServer.commit),
 ]
@@ -137,13 +147,18 @@ class Handler(BaseHTTPRequestHandler):
             status, headers, answer = 200, {}, self.hub.answer(request, body)
         except Refusal as refusal:
             status, headers, answer = refusal.status, refusal.headers, refusal.body
+        if isinstance(answer, bytes):
+            digest = hashlib.sha256(answer).hexdigest()
+            headers = {"X-Repo-Commit": "1" * 40, "ETag": f'"{digest}"', "Content-Length": str(len(answer))}
+        else:
+            answer = json.dumps(answer).encode()
         self.send_response(status)
         for header in headers.items():
             self.send_header(*header)
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(b"" if request.method == "HEAD" else answer)
 
-    do_GET = do_POST = respond
+    do_GET = do_HEAD = do_POST = respond
 
     def log_message(self, *args):
         """Says nothing on stderr."""
@@ -155,6 +170,8 @@ def point_client_at(monkeypatch, server, token=True):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/dev/null")
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # huggingface_hub.create_repo etc. are its methods
     monkeypatch.setattr(_http, "_GLOBAL_CLIENT", None)  # the client made before has read the proxies that were set
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -145,11 +145,16 @@ def small_unet(tiny_model, tmp_path):
     return folder
 
 
-def test_compiled_equals_eager_and_never_gives_up(train, small_unet, monkeypatch, tmp_path):
+@pytest.mark.parametrize("reference", ["base", "init"])
+def test_compiled_equals_eager_and_never_gives_up(train, small_unet, monkeypatch, tmp_path, reference):
     """Policy and reference, the last batch of the cache and the last chunk: each is compiled anew, whatever torch's
     limit was. Beyond it torch would run eagerly and say so in a warning only. No kernels are made here."""
     options = {"pretrained_model_name_or_path": small_unet, "lora_target_modules": ["to_q"], "cached_draws": 1}
     options |= {"trajectory_chunk": 3, "train_batch_size": 3, "max_train_steps": 3, "learning_rate": 1e-3}
+    if reference == "init":
+        lora_init = train("init", **{**options, "inversion_steps": 4, "max_train_steps": 1})
+        options |= {"lora_init": lora_init, "reference": "init", "rank": None}
+        del options["lora_target_modules"]
     eager = train("eager", inversion_cache_dir=tmp_path / "eager cache", **options)
     compile_blocks = UNet2DConditionModel.compile_repeated_blocks
     monkeypatch.setattr(

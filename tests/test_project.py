@@ -54,7 +54,7 @@ def test_a_script_needs_the_helper_beside_it_and_packages_that_are_required(name
     nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    packages = {re.split("[>=]", line)[0] for line in requirements("requirements.txt")} | {"PIL", "tqdm"}
+    packages = {re.split("[>=]", line)[0] for line in requirements("requirements.txt")} | {"PIL", "tqdm", "yaml"}
     allowed = packages | sys.stdlib_module_names | ({"inversion_utils"} if name in SCRIPTS else set())
     assert {module.split(".")[0] for module in imported} <= allowed
 

@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import assert_same, lora
 from hub_server import HubServer, Repo, point_client_at
 
-from inversion_utils import LORA_FILE
+from inversion_utils import KOHYA_FILE, LORA_FILE
 
 VALIDATION = {"validation_prompts": ["a red circle"], "num_validation_images": 1, "validation_inference_steps": 1}
+VALIDATION |= {"output_kohya_format": True}
 SHORT = {"max_train_steps": 1, "objective": "inpo", "inversion_steps": 1}
-PUSHED = {LORA_FILE, "README.md", "report.png", "training_config.json", "validation/step-000001-prompt-0.png"}
+PUSHED = {
+    LORA_FILE,
+    KOHYA_FILE,
+    "README.md",
+    "report.png",
+    "training_config.json",
+    "validation/step-000001-prompt-0.png",
+}
 
 
 @pytest.fixture
@@ -33,12 +42,23 @@ def test_what_arrives_is_what_is_on_disk_and_nothing_else(train, hub, tmp_path):
     (tmp_path / "run" / "secrets").mkdir(parents=True)
     (tmp_path / "run" / "secrets" / "README.md").write_text("mine")
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    output_dir = train(push_to_hub=True, hub_private_repo=True, report_to="tensorboard", **VALIDATION, **SHORT)
+    output_dir = train(
+        push_to_hub=True, hub_private_repo=True, report_to="tensorboard", **VALIDATION, **SHORT,
+    )  # fmt: skip
     repo = hub.repos["tester/run"]
     assert repo.private is True and len(repo.commits) == 1
     assert repo.files == on_disk(output_dir)
     assert (output_dir / "checkpoint-1").is_dir() and (output_dir / "logs").is_dir()
-    assert b"pipe.load_lora_weights('tester/run')" in repo.files["README.md"]
+    assert b"pipe.load_lora_weights('tester/run', " in repo.files["README.md"]
+
+
+def test_a_run_begins_with_a_lora_on_the_hub(train, hub, tmp_path, monkeypatch):
+    """Of the files that are there, the one for diffusers."""
+    monkeypatch.setattr("diffusers.loaders.lora_base.HF_HUB_OFFLINE", False)
+    first = train("first", push_to_hub=True, output_kohya_format=True, learning_rate=1e-3, **SHORT)
+    options = {"rank": None, "learning_rate": 1e-30, "cache_dir": tmp_path / "cache", **SHORT}
+    second = train("second", lora_init="tester/first", **options)
+    assert_same(lora(second), lora(first), atol=1e-7)
 
 
 @pytest.mark.parametrize(

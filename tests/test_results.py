@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_inversion_dpo
-from inversion_utils import Validation, add_lora, model_card, plot_report, read_metrics
+from inversion_utils import KOHYA_FILE, Validation, add_lora, model_card, plot_report, read_metrics
 
 PROMPTS = ["a red circle", "a blue <b>square</b>\n# not a heading"]
 DRAWING = {
@@ -44,9 +44,10 @@ def output_dir(argv):
 
 
 def picture(output_dir, step, prompt):
-    """Rows of samples (2, 32, columns * 32, 3): the base model's, the LoRA's."""
+    """Columns of samples (columns, rows * 32, 32, 3), such as the base model's and the LoRA's."""
     file = output_dir / "validation" / f"step-{step:06}-prompt-{prompt}.png"
-    return np.asarray(Image.open(file), dtype=float).reshape(2, 32, -1, 3)
+    pixels = np.asarray(Image.open(file), dtype=float)[-2 * 32 :]  # labels stand above
+    return np.stack(np.split(pixels, pixels.shape[1] // 32, axis=1))
 
 
 def test_the_folder_holds_these_and_nothing_half_written(output_dir):
@@ -74,14 +75,14 @@ def test_metrics_are_a_line_a_step(output_dir):
 def test_pictures_show_the_base_and_the_lora_from_the_same_seeds(output_dir, tiny_model):
     """They are what the saved LoRA draws in a pipeline of the user's."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
-    for row in (0, 1):
+    for column in (0, 1):
         for i, prompt in enumerate(PROMPTS):
             samples = [
                 pipe(prompt, height=32, width=32, num_inference_steps=2, generator=torch.Generator().manual_seed(seed))
                 for seed in (7, 8)
             ]
-            expected = np.concatenate([np.asarray(sample.images[0], dtype=float) for sample in samples], axis=1)
-            assert np.abs(picture(output_dir, 3, i)[row] - expected).mean() < 0.1 and expected.std() > 5
+            expected = np.concatenate([np.asarray(sample.images[0], dtype=float) for sample in samples])
+            assert np.abs(picture(output_dir, 3, i)[column] - expected).mean() < 0.1 and expected.std() > 5
         pipe.load_lora_weights(output_dir)
     base, with_lora = picture(output_dir, 3, 0)
     assert np.abs(base - with_lora).mean() > 4
@@ -122,15 +123,16 @@ def test_the_card_says_what_was_done(output_dir, tiny_model, pairs_dir):
     names = {}
     snippet = snippet.replace(f"path/to/{tiny_model.name}", str(tiny_model)).replace('"cuda"', '"cpu"')
     exec(snippet.replace("path/to/this/folder", str(output_dir)), names)
-    assert names["pipe"].get_active_adapters() == ["default_0"]
+    assert names["pipe"].get_active_adapters() == ["aligned"]
 
 
 RECORD = {
-    "command": "train.py", "pipeline": "StableDiffusionXLPipeline", "steps": 1, "pairs_per_step": 1,
+    "command": "train.py", "pipeline": "StableDiffusionXLPipeline", "steps": 1, "pairs_per_step": 1, "rank": 4,
     "processes": 1, "mixed_precision": "no", "data": {"pairs": 1}, "metrics": {}, "versions": {},
     "options": {
         "pretrained_model_name_or_path": "somebody/model", "dataset_name": "somebody/pairs", "train_data_dir": None,
-        "objective": "inpo", "output_dir": "out", "resolution": 512,
+        "objective": "inpo", "output_dir": "out", "resolution": 512, "validation_lora_scales": [0.0, 0.7],
+        "output_kohya_format": True,
     },
 }  # fmt: skip
 
@@ -138,7 +140,9 @@ RECORD = {
 def test_a_base_and_data_on_the_hub_are_linked():
     card = ModelCard(model_card(RECORD, {}, "me/lora"))
     assert card.data.base_model == "somebody/model" and card.data.datasets == ["somebody/pairs"]
-    assert "pipe.load_lora_weights('me/lora')" in card.text and "# lora" in card.text
+    assert (
+        "pipe.load_lora_weights('me/lora', " in card.text and f"`{KOHYA_FILE}`" in card.text and "# lora" in card.text
+    )
     assert "import StableDiffusionXLPipeline\n" in card.text
 
 
@@ -147,6 +151,7 @@ def test_prompts_and_commands_cannot_break_the_card():
     card = ModelCard(model_card({**RECORD, "command": "a.py '\n```\n# x'"}, prompts, None))
     assert "\n````\na.py" in card.text and "\n# b" not in card.text
     assert [entry["text"] for entry in card.data.widget] == list(prompts)
+    assert card.text.count("![base model, LoRA 0.7]") == 3
     assert "&lt;b&gt;a&lt;/b&gt; ---" in card.text and "(empty prompt)" in card.text
 
 
@@ -198,7 +203,7 @@ def test_validation_does_not_disturb_training(train, without_report):
 def validation_of(pipe, folder, warnings):
     add_lora(pipe.unet, 4, 4)
     sampling = {"height": 32, "width": 32, "num_inference_steps": 1}
-    return Validation(pipe, folder, ["x"], [0, 1], sampling, torch.no_grad, warnings.append)
+    return Validation(pipe, folder, ["x"], [0, 1], [0.0, 1.0], sampling, torch.no_grad, warnings.append)
 
 
 def test_validation_puts_everything_back(tmp_path):

@@ -302,14 +302,16 @@ def test_a_signal_to_all_processes_saves_and_stops_after_the_step(train, script,
 def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_model, pairs_dir, tmp_path):
     """Two files are enough. Two processes on the CPU, with chunks and accumulation, take the steps of one process.
 
-    What is left behind is what DESIGN.md promises; one process goes on from the checkpoint of two.
+    They begin with a LoRA and are tied to it. What is left behind is what the README promises; one process goes on
+    from the checkpoint of two.
     """
     method = {"trajectory_chunk": 3, "max_train_steps": 3, "max_train_samples": 7, "lr_scheduler": "linear", **LINEAR}
+    method |= {"lora_init": train("init", **LINEAR), "reference": "init", "rank": None}
     one = train("one", train_batch_size=8, **method)
     for name in ("train_inversion_dpo.py", "inversion_utils.py"):
         shutil.copy(ROOT / name, tmp_path)
     options = command_line(
-        pretrained_model_name_or_path=tiny_model, train_data_dir=pairs_dir, output_dir="two", resolution=32, rank=4,
+        pretrained_model_name_or_path=tiny_model, train_data_dir=pairs_dir, output_dir="two", resolution=32,
         train_batch_size=2, gradient_accumulation_steps=2, checkpointing_steps=2, **method,
     )  # fmt: skip
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -387,7 +389,7 @@ def test_a_lora_that_does_not_move_is_an_error(train, tmp_path):
     for row in rows[1::2]:
         row["strength"] = 1.0
     data = {"train_data_dir": write_parquet(rows, tmp_path / "data"), "strength_column": "strength"}
-    with pytest.raises(RuntimeError, match="after 10 steps the LoRA is still zero"):
+    with pytest.raises(RuntimeError, match="after 10 steps the LoRA is unchanged"):
         train(tie_policy="soft", max_train_steps=12, checkpointing_steps=9, **data, **QUICK)
     assert not any(value.any() for value in lora_b(lora(tmp_path / "run" / "checkpoint-9")).values())
 

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.other import load as accelerate_load
 from conftest import assert_same, build_pipeline, logged, lora
-from diffusers import StableDiffusionPipeline
 
 from inversion_utils import (
     LORA_FILE,
     METRICS_FILE,
+    RAW_LORA_FILE,
     STATE_FILE,
     StopSignal,
     add_lora,
@@ -24,10 +24,11 @@ from inversion_utils import (
     cut_metrics,
     encode_images,
     find_checkpoint,
+    lora_weights,
     preference_loss,
     read_metrics,
     reference_policy,
-    save_lora,
+    write_lora,
 )
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -65,7 +66,7 @@ def test_a_saved_lora_is_the_policy_when_a_pipeline_loads_it(tmp_path):
     unet, pipe = build_pipeline().unet, build_pipeline()
     for parameter in add_lora(unet, rank=4, lora_alpha=8):
         torch.nn.init.normal_(parameter)
-    assert save_lora(unet, tmp_path, StableDiffusionPipeline) == tmp_path / LORA_FILE
+    write_lora(tmp_path / LORA_FILE, lora_weights(unet))
     pipe.load_lora_weights(tmp_path)
     x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([10]), torch.randn(1, 16, 16)
     with torch.no_grad():
@@ -134,7 +135,7 @@ def test_a_checkpoint_holds_no_code_and_the_oldest_go(train):
     output_dir = train(**QUICK, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2, **LATEST)
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     names = {path.name for path in (output_dir / "checkpoint-3").iterdir()}
-    assert names == {LORA_FILE, STATE_FILE, "optimizer.bin", "random_states_0.pkl"}
+    assert names == {LORA_FILE, RAW_LORA_FILE, STATE_FILE, "optimizer.bin", "random_states_0.pkl"}
     for name in ("optimizer.bin", "random_states_0.pkl"):
         assert accelerate_load(output_dir / "checkpoint-3" / name, weights_only=True)
 
