@@ -203,7 +203,7 @@ def test_validation_does_not_disturb_training(train, without_report):
 def validation_of(pipe, folder, warnings):
     add_lora(pipe.unet, 4, 4)
     sampling = {"height": 32, "width": 32, "num_inference_steps": 1}
-    return Validation(pipe, folder, ["x"], [0, 1], [0.0, 1.0], sampling, torch.no_grad, warnings.append)
+    return Validation(pipe, folder, ["x"], [0, 1], [0.0, 0.5], sampling, torch.no_grad, warnings.append)
 
 
 def test_validation_puts_everything_back(tmp_path):
@@ -211,6 +211,7 @@ def test_validation_puts_everything_back(tmp_path):
     validation = validation_of(pipe, tmp_path / "pictures", warnings)
     pipe.unet.train()
     before = {key: value.clone() for part in (pipe.unet, pipe.vae) for key, value in part.state_dict().items()}
+    scales = [module.scaling["default"] for module in pipe.unet.modules() if hasattr(module, "lora_A")]
     step, state = pipe.scheduler.step, torch.get_rng_state()
     pipe.scheduler.step = lambda *args, **options: torch.rand(1) and step(*args, **options)  # as ancestral ones do
     assert [file.is_file() for file in validation.sample(1)] == [True] and not warnings
@@ -218,6 +219,7 @@ def test_validation_puts_everything_back(tmp_path):
     assert pipe.unet.training and all(p.requires_grad for name, p in pipe.unet.named_parameters() if "lora_" in name)
     after = {key: value for part in (pipe.unet, pipe.vae) for key, value in part.state_dict().items()}
     assert_same(after, before)
+    assert scales == [module.scaling["default"] for module in pipe.unet.modules() if hasattr(module, "lora_A")]
 
 
 def test_a_sample_that_is_not_finite_is_named(tmp_path):
