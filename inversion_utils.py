@@ -1414,10 +1414,10 @@ class Validation:
         self.scales, self.sampling, self.autocast, self.warn = scales, sampling, autocast, warn
         self._base = None  # the base model's samples never change
 
-    def load(self, folder: Path) -> None:
+    def load(self, file: Path) -> None:
         """Puts the LoRA that was saved in the place of the one that was trained, which ends training."""
         self.pipeline.unet.delete_adapters(list(self.pipeline.unet.peft_config))
-        self.pipeline.load_lora_weights(folder, adapter_name="default")
+        self.pipeline.unet.load_lora_adapter(file, prefix="unet", adapter_name="default")
 
     def sample(self, step: int) -> list[Path]:
         """Returns the pictures' files, in the order of the prompts; none, and a warning, if that fails."""

@@ -1,69 +1,67 @@
-"""Sample preference pairs from two models: the same prompts and seeds, one model's pictures win, the other's lose.
+"""Sample preference pairs: from two models, one of which wins, or from one model, whose best picture wins.
 
-    python examples/sample_pairs.py --winner_model better --loser_model worse --prompts prompts.txt --output_dir pairs
+    python examples/sample_pairs.py --winner_model better --loser_model worse --prompts everyday --output_dir pairs
+    python examples/sample_pairs.py --model M --lora L --scorer pickscore --prompts everyday --output_dir pairs
     accelerate launch train_inversion_dpo.py --train_data_dir pairs ...
 
-The two may be one model with and without a LoRA, `--winner_lora`. Writes `<output_dir>/train-<i>-of-<n>.parquet` in
-the columns that the training scripts read by default, see pair_files.py; pictures are stored as PNG. One model at a
-time is in memory; the winners wait on the disk.
+Two models draw the same prompts and seeds; they may be one model with and without a LoRA, `--winner_lora`. One model
+draws several pictures of each prompt, and the best and the worst by a scorer (see scorers.py) become a pair. Prompts
+are a text file with one on each line, or a name (see prompt_sources.py).
 
-Pairs with a picture that is black (what a safety checker leaves, or an overflow in half precision), and pairs of equal
-pictures, are left out and counted.
+Writes `<output_dir>/train-<i>-of-<n>.parquet` in the columns that the training scripts read by default, see
+pair_files.py; pictures are stored as PNG. One model at a time is in memory, beside the scorer. Pairs with a black
+picture (what a safety checker leaves, or an overflow in half precision) and pairs of equal pictures or scores are left
+out and counted.
 """
 
 import argparse
 import gc
+import itertools
 import logging
 import os
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 from diffusers import DiffusionPipeline
 from make_pairs import encode_png, sample_pictures
 from pair_files import PairWriter, check_output_dir
+from prompt_sources import read_prompts
+from scorers import check_scorer, load_scorer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inversion_utils import number, one_line
 
 
-def read_prompts(file):
-    """Returns the lines of a text file that are not blank; raises ValueError if there are none."""
-    try:
-        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ValueError(f"--prompts {file}: cannot be read: {one_line(problem)}") from problem
-    if not prompts:
-        raise ValueError(f"--prompts {file}: no prompt is in it")
-    return prompts
-
-
-def check_model(option, model, lora):
+def check_model(model_option, model, lora_option=None, lora=None):
     """Raises ValueError if a pipeline or its LoRA is not there; loads no weights."""
     if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"--{option}_model {model}: not a saved pipeline (no model_index.json in it)")
+        raise ValueError(f"{model_option} {model}: not a saved pipeline (no model_index.json in it)")
     try:
         DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as problem:
-        raise ValueError(f"--{option}_model {model}: {one_line(problem)}") from problem
+        raise ValueError(f"{model_option} {model}: {one_line(problem)}") from problem
     if lora and Path(lora).is_dir() and not any(Path(lora).glob("*.safetensors")):
-        raise ValueError(f"--{option}_lora {lora}: holds no .safetensors file")
+        raise ValueError(f"{lora_option} {lora}: holds no .safetensors file")
 
 
-def load_pipeline(option, model, lora, dtype):
+def load_pipeline(model_option, model, lora_option, lora, dtype, adapter_name=None):
     """Returns a pipeline with its LoRA, on the GPU if there is one; raises ValueError if it cannot be loaded."""
     try:
         pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError) as problem:
-        raise ValueError(f"--{option}_model {model}: {one_line(problem)}") from problem
+        raise ValueError(f"{model_option} {model}: {one_line(problem)}") from problem
     if lora:
         try:
-            pipeline.load_lora_weights(lora)
+            pipeline.load_lora_weights(lora, adapter_name=adapter_name)
         except (OSError, ValueError, RuntimeError) as problem:
-            raise ValueError(f"--{option}_lora {lora}: {one_line(problem)}") from problem
+            raise ValueError(f"{lora_option} {lora}: {one_line(problem)}") from problem
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,20 +78,24 @@ def pictures_of(pipeline, prompts, seeds, num_inference_steps, guidance_scale, b
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        usage="%(prog)s --winner_model W --loser_model L --prompts FILE --output_dir O [options, see --help]",
+        usage="%(prog)s {--winner_model W --loser_model L | --model M --scorer S} --prompts P --output_dir O [...]",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     path, count = os.path.expanduser, number(int, least=1)
     # fmt: off
     add = parser.add_argument
-    add("--winner_model", type=path, required=True, help="pipeline of the better pictures: a Hub id or a folder")
-    add("--loser_model", type=path, required=True, help="pipeline of the worse pictures")
+    add("--winner_model", type=path, help="two models: pipeline of the better pictures, a Hub id or a folder")
+    add("--loser_model", type=path, help="pipeline of the worse pictures")
     add("--winner_lora", type=path, help="LoRA on the better model: a Hub id, a folder or a file")
     add("--loser_lora", type=path, help="LoRA on the worse model")
-    add("--prompts", type=path, required=True, help="text file with a prompt on each line")
+    add("--model", type=path, help="one model: pipeline of all pictures")
+    add("--lora", type=path, help="LoRA on it")
+    add("--scorer", type=path, help="what ranks its pictures: pickscore, clip, brisque or file.py:function")
+    add("--num_pictures_per_pair", type=count, default=4, help="of which best and worst are kept; more differ more")
+    add("--prompts", type=path, required=True, help="text file with a prompt on each line, or a name")
     add("--output_dir", type=path, required=True, help="folder for the parquet files")
     add("--num_pairs_per_prompt", type=count, default=1, help="pairs with seeds of their own; more vary more")
-    add("--num_inference_steps", type=count, default=30, help="sampler steps of both models; more costs time")
+    add("--num_inference_steps", type=count, default=30, help="sampler steps of all models; more costs time")
     add("--guidance_scale", type=number(float, least=0), default=7.5, help="higher obeys prompts more, varies less")
     add("--batch_size", type=count, default=4, help="pictures sampled at a time; more is faster and takes memory")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
@@ -103,49 +105,94 @@ def parse_args(argv=None):
     return parser.parse_args(argv), parser.error
 
 
+def check_modes(args, error):
+    """Ends the program by `error` unless the options name two models, or one and a scorer."""
+    two = [name for name in ("winner_model", "loser_model", "winner_lora", "loser_lora") if getattr(args, name)]
+    one = [name for name in ("model", "lora", "scorer") if getattr(args, name)]
+    if two and one:
+        error(f"--{two[0]} and --{one[0]} do not go together: name two models, or one and a scorer")
+    for name in ("model", "scorer") if one else ("winner_model", "loser_model"):
+        if not getattr(args, name):
+            error(f"--{name} is missing: name --winner_model and --loser_model, or --model and --scorer")
+    if args.num_pictures_per_pair < 2:
+        error(f"--num_pictures_per_pair {args.num_pictures_per_pair}: a pair needs 2")
+    if two and (args.winner_model, args.winner_lora) == (args.loser_model, args.loser_lora):
+        error(f"--winner_model and --loser_model are both {args.winner_model}, so all pictures would be equal")
+
+
 def main(argv=None):
     args, error = parse_args(argv)
+    check_modes(args, error)
     check_output_dir(args.output_dir, error)
-    if (args.winner_model, args.winner_lora) == (args.loser_model, args.loser_lora):
-        error(f"--winner_model and --loser_model are both {args.winner_model}, so all pictures would be equal")
     try:
         prompts = read_prompts(args.prompts)
-        check_model("winner", args.winner_model, args.winner_lora)
-        check_model("loser", args.loser_model, args.loser_lora)
-        num_pairs, num_left_out = sample_pairs(args, prompts)
+        if args.model:
+            try:
+                check_scorer(args.scorer)
+            except ValueError as problem:
+                error(f"--scorer {args.scorer}: {problem}")
+            check_model("--model", args.model, "--lora", args.lora)
+        else:
+            check_model("--winner_model", args.winner_model, "--winner_lora", args.winner_lora)
+            check_model("--loser_model", args.loser_model, "--loser_lora", args.loser_lora)
+        captions, left_out = [prompt for prompt in prompts for _ in range(args.num_pairs_per_prompt)], Counter()
+        with PairWriter(args.output_dir, args.seed) as writer:
+            sample = sample_by_score if args.model else sample_from_two
+            sample(args, captions, writer, left_out)
+            if writer.num_pairs == 0:
+                raise ValueError(f"no pair is left of {len(captions)}: {dict(left_out)}")
     except ValueError as problem:
         error(str(problem))
-    print(f"wrote {num_pairs} pairs of {len(prompts)} prompts to {args.output_dir}; {num_left_out} left out")
+    reasons = "".join(f", {count} {reason}" for reason, count in left_out.items())
+    print(f"wrote {writer.num_pairs} pairs of {len(prompts)} prompts to {args.output_dir}; "
+          f"{left_out.total()} left out{reasons}")  # fmt: skip
 
 
-def sample_pairs(args, prompts):
-    """Writes the pairs; returns how many, and how many are left out because a picture is black or both are equal."""
-    prompts = [prompt for prompt in prompts for _ in range(args.num_pairs_per_prompt)]
-    seeds = [args.seed * len(prompts) + i for i in range(len(prompts))]
+def sample_from_two(args, captions, writer, left_out):
+    """Writes pairs of two models; the winners wait on the disk. Counts in `left_out` what is not a pair, by reason."""
+    seeds = [args.seed * len(captions) + i for i in range(len(captions))]
     sampling = (args.num_inference_steps, args.guidance_scale, args.batch_size)
     dtype = getattr(torch, args.dtype)
-    num_left_out = 0
-    with (
-        PairWriter(args.output_dir, args.seed) as writer,
-        tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.output_dir) as waiting,
-    ):
-        pipeline = load_pipeline("winner", args.winner_model, args.winner_lora, dtype)
-        for i, picture in enumerate(pictures_of(pipeline, prompts, seeds, *sampling)):
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.output_dir) as waiting:
+        pipeline = load_pipeline("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, dtype)
+        for i, picture in enumerate(pictures_of(pipeline, captions, seeds, *sampling)):
             if picture.any():
                 (Path(waiting) / f"{i}.png").write_bytes(encode_png(picture))
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()
-        pipeline = load_pipeline("loser", args.loser_model, args.loser_lora, dtype)
-        for i, picture in enumerate(pictures_of(pipeline, prompts, seeds, *sampling)):
+        pipeline = load_pipeline("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, dtype)
+        for i, picture in enumerate(pictures_of(pipeline, captions, seeds, *sampling)):
             winner, loser = Path(waiting) / f"{i}.png", encode_png(picture)
-            if winner.exists() and picture.any() and winner.read_bytes() != loser:
-                writer.add(winner.read_bytes(), loser, prompts[i])
+            if not (winner.exists() and picture.any()):
+                left_out["with a black picture"] += 1
+            elif winner.read_bytes() == loser:
+                left_out["of equal pictures"] += 1
             else:
-                num_left_out += 1
-        if writer.num_pairs == 0:
-            raise ValueError(f"no pair is left: of all {len(prompts)} a picture is black, or both are equal")
-    return writer.num_pairs, num_left_out
+                writer.add(winner.read_bytes(), loser, captions[i])
+
+
+def sample_by_score(args, captions, writer, left_out):
+    """Writes pairs of the best and the worst of several pictures of one model, as `sample_from_two` does."""
+    pipeline = load_pipeline("--model", args.model, "--lora", args.lora, getattr(torch, args.dtype))
+    scorer, count = load_scorer(args.scorer, pipeline.device), args.num_pictures_per_pair
+    seeds = [args.seed * len(captions) * count + i for i in range(len(captions) * count)]
+    repeated = [caption for caption in captions for _ in range(count)]
+    pictures = pictures_of(
+        pipeline, repeated, seeds, args.num_inference_steps, args.guidance_scale, args.batch_size
+    )  # fmt: skip
+    for caption in captions:
+        group = [picture for picture in itertools.islice(pictures, count) if picture.any()]
+        scores = scorer.score([Image.fromarray(picture) for picture in group], [caption] * len(group))
+        scored = [pair for pair in zip(scores, group, strict=True) if np.isfinite(pair[0])]
+        if len(scored) < 2:
+            left_out["with fewer than two usable pictures"] += 1
+            continue
+        (high, best), (low, worst) = (choose(scored, key=lambda pair: pair[0]) for choose in (max, min))
+        if high > low:
+            writer.add(encode_png(best), encode_png(worst), caption)
+        else:
+            left_out["of equal scores"] += 1
 
 
 if __name__ == "__main__":

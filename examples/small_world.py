@@ -8,6 +8,8 @@ model can be aligned to any of them without disobeying a caption, and `follows_c
     area       coarse   fraction of the picture that the shape covers
     sharpness  fine     mean slope across the shape's edge; does not depend on its size
     tone       global   lightness of the background
+
+They are scorers for judge_lora.py and sample_pairs.py, such as `examples/small_world.py:area`.
 """
 
 import colorsys
@@ -126,13 +128,13 @@ def coverage_of(picture):
     return np.clip(chroma / max(peak, 0.2), 0, 1), peak
 
 
-def area(picture):
+def area(picture, caption=None):
     """Fraction of the picture that the shape covers, in [0, 1]."""
     coverage, _ = coverage_of(picture)
     return float(np.clip(4 * coverage - 1.5, 0, 1).mean())  # nearly a threshold at one half, but continuous
 
 
-def sharpness(picture):
+def sharpness(picture, caption=None):
     """Mean slope of coverage across the shape's edge, weighted by slope, per pixel, in [0, 1]."""
     c, _ = coverage_of(picture)
     dx, dy = c[:, 1:] - c[:, :-1], c[1:] - c[:-1]
@@ -141,7 +143,7 @@ def sharpness(picture):
     return float(min((slope**2).sum() / max(slope.sum(), 1e-6), 1.0))
 
 
-def tone(picture):
+def tone(picture, caption=None):
     """Mean lightness of the background, in [0, 1]."""
     coverage, _ = coverage_of(picture)
     lightness = np.asarray(picture, dtype=np.float32).mean(axis=-1) / 255

@@ -13,8 +13,9 @@ from conftest import build_pipeline, build_sdxl_pipeline
 from PIL import Image
 
 import train_inversion_dpo
-from inversion_utils import LORA_TARGETS, add_lora, decode_image, load_pairs, save_lora
+from inversion_utils import LORA_FILE, LORA_TARGETS, add_lora, decode_image, load_pairs, lora_weights, write_lora
 
+ONE_MODEL = {"winner_model": None, "loser_model": None, "model": "no/such-model", "scorer": "clip"}
 PROMPTS = ["a red circle", "  a blue square  ", "", "a green heart"]
 
 
@@ -102,7 +103,7 @@ def test_a_model_with_and_without_a_lora(sample, tiny_model, tmp_path):
     torch.manual_seed(1)
     for weight in add_lora(pipeline.unet, 4, 4, LORA_TARGETS):
         torch.nn.init.normal_(weight)
-    save_lora(pipeline.unet, tmp_path / "lora", type(pipeline))
+    write_lora(tmp_path / "lora" / LORA_FILE, lora_weights(pipeline.unet))
     pairs = read_back(sample(winner_model=tiny_model, winner_lora=tmp_path / "lora"))
     plain = make_pairs.sample_pictures(make_pairs.load_pipeline(tiny_model), ["a red circle"], [0], 2, 7.5)[0]
     winner, loser = (pixels(image).astype(int) for image in pairs[0][:2])
@@ -143,6 +144,41 @@ def test_black_and_equal_pictures_are_left_out(sample, monkeypatch, capsys):
     assert "wrote 1 pairs of 4 prompts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scale", [1, -1])
+def test_the_best_and_the_worst_of_one_model_become_a_pair(sample, tiny_model, tmp_path, monkeypatch, scale):
+    """By a function of the user's, which is also told the prompt; each picture has a seed of its own."""
+    (tmp_path / "taste.py").write_text(
+        "import numpy\ndef light(image, prompt):\n"
+        f"    assert prompt in {[prompt.strip() for prompt in PROMPTS]}\n    return {scale} * numpy.mean(image)\n"
+    )
+    options = {**ONE_MODEL, "model": tiny_model, "scorer": f"{tmp_path / 'taste.py'}:light"}
+    pairs = read_back(sample(**options, num_pictures_per_pair=3, num_pairs_per_prompt=2))
+    pipeline, seed = make_pairs.load_pipeline(tiny_model), 0
+    for pair in pairs:
+        group = make_pairs.sample_pictures(pipeline, pair.captions * 3, range(seed, seed + 3), 2, 7.5)
+        ranked, seed = sorted(group, key=lambda picture: scale * picture.mean()), seed + 3
+        for side, expected in ((pair.loser, ranked[0]), (pair.winner, ranked[-1])):
+            assert abs(pixels(side).astype(int) - expected).max() <= 1
+    assert [pair.captions[0] for pair in pairs] == [prompt.strip() for prompt in PROMPTS if prompt for _ in range(2)]
+
+
+def test_what_cannot_be_ranked_is_left_out_and_counted(sample, tiny_model, tmp_path, monkeypatch, capsys):
+    pictures = [0, 0, 5, 6, 7, 7, 9, 8]  # both black, two that differ, two alike, and one that is not finite
+
+    def pictures_of(*_):
+        return (np.full((8, 8, 3), value, "u1") for value in pictures)
+
+    (tmp_path / "taste.py").write_text(
+        "def light(image, prompt):\n    x = image.getpixel((0, 0))[0]\n    return float('nan') if x == 9 else x\n"
+    )
+    monkeypatch.setattr(sample_pairs, "pictures_of", pictures_of)
+    options = {**ONE_MODEL, "model": tiny_model, "scorer": f"{tmp_path / 'taste.py'}:light"}
+    (pair,) = read_back(sample(lines=list("abcd"), num_pictures_per_pair=2, **options))
+    assert pair.captions == ["b"] and pixels(pair.winner).max() == 6
+    printed = capsys.readouterr().out
+    assert "3 left out, 2 with fewer than two usable pictures, 1 of equal scores" in printed
+
+
 def test_bad_input_is_refused_before_weights_load(refused, tiny_model, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("weights were loaded")
@@ -159,7 +195,13 @@ def test_bad_input_is_refused_before_weights_load(refused, tiny_model, tmp_path,
         ({"winner_lora": tmp_path / "empty"}, "holds no .safetensors file"),
         ({"prompts": tmp_path / "none.txt"}, "none.txt: cannot be read"),
         ({"prompts": tmp_path / "bytes.txt"}, "bytes.txt: cannot be read"),
-        ({"prompts": "/dev/null"}, "no prompt is in it"),
+        ({"lines": [" ", ""]}, "no prompt is in it"),
+        ({"winner_model": None}, "--winner_model is missing"),
+        ({"scorer": "clip"}, "--winner_model and --scorer do not go together"),
+        ({**ONE_MODEL, "scorer": None}, "--scorer is missing"),
+        ({**ONE_MODEL, "scorer": "beauty"}, "--scorer beauty: there is no scorer"),
+        ({**ONE_MODEL, "scorer": f"{__file__}:nothing"}, "has no attribute 'nothing'"),
+        ({**ONE_MODEL, "num_pictures_per_pair": 1}, "--num_pictures_per_pair 1"),
         ({"num_pairs_per_prompt": 0}, "--num_pairs_per_prompt: is 0; allowed: at least 1"),
         ({"output": "full"}, "already holds parquet files"),
     ):

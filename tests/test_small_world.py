@@ -156,9 +156,7 @@ def test_an_sdxl_pipeline_trains_and_samples_as_it_was_trained(tmp_path):
     assert time_ids.tolist() == [list(train_small_world.WHOLE)]
 
 
-def test_win_rates_and_intervals_worked_by_hand():
-    assert evaluate.wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert evaluate.wilson_interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
+def test_win_rates_worked_by_hand():
     small, large = (small_world.draw("a red circle", LOOK._replace(area=area)) for area in (0.1, 0.2))
     captions = ["a red circle"] * 4
     result = evaluate.compare([small, small, large, small], [large, large, small, small], captions, "area")
