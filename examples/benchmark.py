@@ -2,7 +2,7 @@
 
     python examples/benchmark.py --model tiny
     python examples/benchmark.py --model sd15 --resolution 256
-    python examples/benchmark.py --model sdxl --mixed_precision bf16
+    python examples/benchmark.py --model sdxl --mixed_precision bf16 -- --gradient_checkpointing
 
 Runs the real training script on a model with random weights, method after method, round after round, so that a busy
 machine slows all alike. The fastest step of each counts; the median stands beside it. Two rivals run in a loop of
@@ -90,6 +90,7 @@ def parse_args(argv=None):
         help="nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
         "of two rows of ours: inverting as many, four of them trained, and training all")  # fmt: skip
     add("--output", help="also write the figures to this new file, as JSON")
+    add("train_options", nargs="*", help="after --: options of the training script for all methods")
     args = parser.parse_args(argv)
     args.resolution = FAMILIES[args.model].resolution if args.resolution is None else args.resolution
     if args.resolution < 8 or args.resolution % 8:
@@ -440,7 +441,7 @@ def measure(args, method, folder):
 
     probe = Probe(script, on_step)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, ["random"]))
+    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, ["random"], None))
     probe.replace(script, "load_tokenizers", lambda script_args: [tokenizer] * len(family.text_encoders))
     probe.replace(script, "load_encoders", lambda script_args, dtype: make_encoders(family, dtype))
     probe.replace(script, "load_unet", lambda script_args, dtype: make_frozen(family.unet, dtype))
@@ -450,6 +451,7 @@ def measure(args, method, folder):
         "--output_dir", output_dir, "--resolution", str(args.resolution),
         "--train_batch_size", str(args.train_batch_size), "--max_train_steps", str(last + 1),
         "--checkpointing_steps", str(last + 1), "--mixed_precision", args.mixed_precision,
+        *args.train_options,
         *(option.format(folder=output_dir, nodes=args.inversion_dpo_steps) for option in method.options),
     ]  # fmt: skip
     try:

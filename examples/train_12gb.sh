@@ -12,8 +12,8 @@
 #
 # As train_sd15.sh, also 64 pairs a step, but with what saves memory: one pair at a time, one timestep of it
 # differentiated at a time, checkpointed activations, one image at a time through the VAE, 8-bit Adam. Its weights differ
-# from those of train_sd15.sh only by rounding and 8-bit Adam; it takes longer. Untested on full-size weights and on a
-# GPU: that it fits 12 GB is expected, not measured.
+# from those of train_sd15.sh only by rounding and 8-bit Adam; it takes longer. Untested on trained full-size weights,
+# and on a card of 12 GB.
 set -euo pipefail
 
 set -- \

