@@ -403,6 +403,8 @@ def main(argv=None):
     args, error = parse_args(argv)
     specs, not_run = (args.scorers, []) if args.scorers else available_scorers()
     scales, count = sorted({0.0, *args.scales}), args.num_images_per_prompt
+    if not specs:
+        error(f"--scorers: none can be run: {'; '.join(not_run)}")
     if scales == [0.0]:
         error("--scales 0: nothing to compare with the base model")
     try:

@@ -42,11 +42,17 @@ class Scorer(NamedTuple):
 
 
 def check_scorer(spec):
-    """Raises ValueError, in one line, if a scorer is unknown or lacks what it needs. Loads no model."""
+    """Raises ValueError, in one line, if a scorer is unknown or lacks what it needs. Loads no weights."""
     name, _, path = spec.partition("=")
     if name in ("pickscore", "clip"):
-        return
-    if spec == "brisque":
+        from transformers import AutoConfig
+
+        model = clip_model(name, path)
+        try:
+            AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+    elif spec == "brisque":
         if importlib.util.find_spec("brisque") is None or importlib.util.find_spec("cv2") is None:
             raise ValueError('brisque is not installed: pip install "brisque[opencv-python-headless]"')
     elif ".py:" in spec:
@@ -96,11 +102,15 @@ def load_function(spec):
     return function
 
 
+def clip_model(name, path):
+    return path or (PICKSCORE if name == "pickscore" else CLIP)
+
+
 def clip_scorer(name, path, device, batch_size):
     """Returns PickScore's score, exp(logit scale) times the cosine, or CLIP's, 100 times the cosine."""
     from transformers import AutoProcessor, CLIPModel
 
-    model_path = path or (PICKSCORE if name == "pickscore" else CLIP)
+    model_path = clip_model(name, path)
     processor_path = PICKSCORE_PROCESSOR if model_path == PICKSCORE else model_path
     try:
         model = CLIPModel.from_pretrained(model_path).eval().to(device)

@@ -217,7 +217,7 @@ def test_bad_input_is_refused_before_weights_load(refused, tmp_path, monkeypatch
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for options in (
-        {"base": "no/such/model"}, {"base": tmp_path}, {"lora": tmp_path}, {"prompts": "nothing"},
+        {"scorers": None}, {"base": "no/such/model"}, {"base": tmp_path}, {"lora": tmp_path}, {"prompts": "nothing"},
         {"scorers": ["beauty"]}, {"scorers": ["taste.py:none"]}, {"scales": [0]}, {"scales": [-1]}, {"max_loss": -1},
         {"num_images_per_prompt": 0}, {"output_dir": tmp_path / "full"},
         {"output_dir": tmp_path / "prompts.txt" / "x"},

@@ -93,7 +93,8 @@ def test_brisque_is_negated_and_needs_its_package(monkeypatch, images):
 @pytest.mark.parametrize(
     ("spec", "named"),
     [
-        ("beauty", "pickscore, clip, brisque"), ("no/such/file.py:area", "no file"), ("pyproject.toml:x", "no scorer"),
+        ("beauty", "pickscore, clip, brisque"), ("clip", "cannot be loaded"), ("pickscore=.", "cannot be loaded"),
+        ("no/such/file.py:area", "no file"), ("pyproject.toml:x", "no scorer"),
         (f"{small_world.__file__}:draws", "draws"), (f"{small_world.__file__}:SIZE", "SIZE"),
         (f"{small_world.__file__}:random_look", "argument"), ("broken.py:score", "ZeroDivisionError"),
     ],

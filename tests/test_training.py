@@ -160,7 +160,8 @@ def run_dir(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
         state = {"step": 10, "visit": 40, "good_steps": 9, "num_pairs": 8, "options": {"rank": 4}, "skipped": {}}
-        (tmp_path / name / STATE_FILE).write_text(json.dumps(state))
+        (tmp_path / name / STATE_FILE).write_text(json.dumps({**state, "lora_init": None}))
+        (tmp_path / name / RAW_LORA_FILE).touch()
     return tmp_path
 
 
@@ -175,7 +176,14 @@ def test_checkpoints_are_found_by_step_not_by_name(run_dir, monkeypatch):
     (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text("{}")
     monkeypatch.chdir(run_dir / "other")
     assert find_checkpoint(run_dir, "checkpoint-10") == newest  # the name is looked up in the output_dir first
-    for name in ("checkpoint-11", str(run_dir), "checkpoint-9"):  # from 9, the newer one would be of another course
+    (run_dir / "checkpoint-7").mkdir()  # without the raw weights
+    (run_dir / "checkpoint-7" / STATE_FILE).write_text("{}")
+    for name in (
+        "checkpoint-11",
+        str(run_dir),
+        "checkpoint-9",
+        "checkpoint-7",
+    ):  # 10 is newer than 9, of another course
         with pytest.raises(ValueError, match="--resume_from_checkpoint"):
             find_checkpoint(run_dir, name)
 
