@@ -119,6 +119,14 @@ def test_what_is_refused(changes, named, tiny_model, tiny_sdxl_model, tmp_path, 
     assert not (tmp_path / "new.safetensors").exists()
 
 
+def test_what_exists_is_not_overwritten(tiny_model, tmp_path):
+    write_lora(tmp_path / "lora.safetensors", lora_weights(random_lora(build_pipeline().unet)))
+    (tmp_path / "mine.safetensors").write_text("mine")
+    with pytest.raises(SystemExit):
+        convert(tiny_model, tmp_path / "lora.safetensors", "kohya", tmp_path / "mine.safetensors")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
 def test_help_prints_nothing_else():
     command = [sys.executable, ROOT / "examples" / "convert_lora.py", "--help"]
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
