@@ -1049,25 +1049,35 @@ class RunningMeans:
         return dict(zip(names, accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
 
-def read_lora(path: str | Path, unet_config: dict[str, Any], lora_loader, **options) -> dict[str, torch.Tensor]:
+def read_lora(path: str | Path, unet_config: dict[str, Any], lora_loader, cache_dir=None) -> dict[str, torch.Tensor]:
     """Returns a U-Net's LoRA in float32, from a file, a folder or the Hub, in any of the formats that diffusers reads.
 
     The names are PEFT's: `<module>.lora_A.weight` (rank, in, ...) and `<module>.lora_B.weight` (out, rank, ...). The
     latter contains alpha / rank, and lower ranks are filled up with zeros, so one rank holds for all modules, and
-    alpha equals it. `options` go to `lora_loader.lora_state_dict`.
+    alpha equals it.
 
     Raises ValueError if it is no LoRA, of another model, of a text encoder too, or of a kind with other weights.
     """
     from diffusers import UNet2DConditionModel
+    from diffusers.loaders.lora_base import _best_guess_weight_name
     from diffusers.utils import convert_unet_state_dict_to_peft
+    from huggingface_hub import hf_hub_download
     from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
 
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(unet_config)
     logging.disable(logging.ERROR)  # diffusers logs what is raised here
     try:
+        name = _best_guess_weight_name(str(path)) or LORA_FILE  # of a folder or on the Hub
+        if not Path(path).exists():
+            path = hf_hub_download(str(path), name, cache_dir=cache_dir)
+        file = str(Path(path, name) if Path(path).is_dir() else path)
+        with safe_open(file, "pt") as stored:
+            if any("dora" in name for name in stored.keys()):  # which diffusers leaves out
+                raise ValueError("it is a DoRA, whose magnitudes are not supported")
         weights, alphas, metadata = lora_loader.lora_state_dict(
-            str(path), unet_config=unet.config, return_lora_metadata=True, use_safetensors=True, **options
+            file, unet_config=unet.config, return_lora_metadata=True, use_safetensors=True
         )
         weights = convert_unet_state_dict_to_peft(weights)  # every name, where diffusers looks at the first alone
         for name in weights:

@@ -199,14 +199,17 @@ def damage(kind, file):
         weights.pop(name)
     elif kind == "other kind":
         weights["unet.conv_in.hada_w1_a"] = torch.ones(4, 4)
+    elif kind == "dora":
+        weights = {f"lora_unet_conv_in.{name}": torch.ones(4, 4) for name in ("lora_up.weight", "lora_down.weight")}
+        weights["lora_unet_conv_in.dora_scale"] = torch.ones(4, 1)
     elif kind == "no LoRA":
         weights = {"conv_in.weight": torch.ones(4, 4)}
     save_file(weights, file)
 
 
 @pytest.mark.parametrize(
-    "kind", ["text encoder", "unknown module", "not finite", "half of a module", "other kind", "no LoRA", "empty",
-             "cut short", "sdxl", "missing", "empty folder"],
+    "kind", ["text encoder", "unknown module", "not finite", "half of a module", "other kind", "dora", "no LoRA",
+             "empty", "cut short", "sdxl", "missing", "empty folder"],
 )  # fmt: skip
 def test_a_lora_that_does_not_fit_is_refused_before_weights_load(kind, refused, no_models, tmp_path):
     file = tmp_path / "init.safetensors"
