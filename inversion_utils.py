@@ -477,8 +477,12 @@ class Pair(NamedTuple):
 
 
 def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's message on one line, or its class if it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Returns the beginning of an error's message on one line, or its class if it has none.
+
+    Data may be quoted in it, so nothing is left of escape sequences but their letters.
+    """
+    text = "".join(character if character.isprintable() else " " for character in str(error))
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
@@ -660,6 +664,15 @@ def _check_column(name: str, column: str, feature: Any) -> None:
         raise ValueError(f"--{name}_column {column}: the column holds {kind}; needed: {needed}. {CONVERTER}")
 
 
+def check_tokenizer(tokenizer) -> None:
+    """Raises ValueError if a tokenizer has no length, or no vocabulary, so that all captions are alike."""
+    if tokenizer.model_max_length > 10_000:
+        raise ValueError("it has no model_max_length; is its folder complete?")
+    one, other = tokenizer(["a red circle", "a blue square"], padding="max_length", truncation=True).input_ids
+    if one == other:
+        raise ValueError("it gives different captions the same ids; its vocabulary is missing")
+
+
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Returns an upright RGB image: EXIF orientation is applied, transparency becomes white, the first frame counts.
 
@@ -713,6 +726,9 @@ def resize_and_crop(
     return torch.from_numpy(np.ascontiguousarray(pixels)), time_ids
 
 
+LONGEST_CAPTION = 4000  # characters, many more than the 77 tokens that are read of a caption
+
+
 class PreferenceDataset(torch.utils.data.Dataset):
     """Training examples by (key, place): the pair at a place, and all random draws of a visit to it.
 
@@ -758,7 +774,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
             "row": self.pairs.row_name(place),
             "pixel_values": torch.stack(pixels),
             "time_ids": torch.stack(time_ids),
-            "caption": "" if is_empty else pair.captions[int(rng.integers(len(pair.captions)))],
+            "caption": "" if is_empty else pair.captions[int(rng.integers(len(pair.captions)))][:LONGEST_CAPTION],
             "uniforms": torch.tensor(uniforms, dtype=torch.float64),
             "strength": pair.strength,
             "is_tie": pair.is_tie,
@@ -938,6 +954,13 @@ def write_whole(file: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def only_variant(folder: Path) -> str:
+    """Returns the variant, such as fp16, of a folder's weights, if there are none without one, else ""."""
+    names = [file.name.split(".") for file in folder.glob("*.safetensors")]
+    variants = [parts[1].split("-")[0] for parts in names if len(parts) == 3]
+    return variants[0] if variants and len(variants) == len(names) else ""
+
+
 def fingerprint(model: str, commit: str | None) -> str:
     """Returns what tells a model from others: its commit on the Hub, or a hash of its files' sizes and times."""
     if not Path(model).is_dir():
@@ -957,6 +980,9 @@ FINAL_RESULTS = (LORA_FILE, KOHYA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # 
 RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR)  # beside checkpoints and logs
 PUSHED = (*FINAL_RESULTS, f"{VALIDATION_DIR}/step-*.png")
 STATE_FILE, RAW_LORA_FILE = "training_state.json", "raw_lora_weights.safetensors"  # of a checkpoint
+CHECKSUMS_FILE = "checksums.json"  # of a checkpoint's other files
+LOCK_FILE = ".lock"  # of --output_dir
+GO_ON = "Make room and go on with --resume_from_checkpoint latest"
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -1278,30 +1304,60 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name[11:]))
 
 
-def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | None) -> Checkpoint | None:
+def damage_of(checkpoint: Path) -> str:
+    """Returns what is wrong with a checkpoint's files, "" if nothing is."""
+    try:
+        checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        damaged = [name for name, checksum in checksums.items() if checksum_of(checkpoint / name) != checksum]
+        return f"{damaged[0]} is damaged" if damaged else ""
+    except OSError as error:
+        return one_line(error)
+    except (ValueError, AttributeError):
+        return f"{CHECKSUMS_FILE} is damaged"
+
+
+def checksum_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_checkpoint(
+    output_dir: str | Path, resume_from_checkpoint: str | None, note: Callable[[str], None]
+) -> Checkpoint | None:
     """Returns the checkpoint to resume from, None to start anew.
 
     `resume_from_checkpoint` is a folder `checkpoint-<step>`, by name within `output_dir` or by path; "latest", which
-    is the newest in `output_dir`, if there is one; or None. Raises ValueError if the folder is no checkpoint, or not
+    is the newest in `output_dir` that is sound, if there is one; or None. Newer ones that are damaged are moved aside
+    by the main process, and named to `note`. Raises ValueError if the named folder is no checkpoint, damaged, or not
     the newest of `output_dir`.
     """
     checkpoints, option = find_checkpoints(output_dir), f"--resume_from_checkpoint {resume_from_checkpoint}"
-    if resume_from_checkpoint is None or (resume_from_checkpoint == "latest" and not checkpoints):
+    if resume_from_checkpoint is None:
         return None
+    if resume_from_checkpoint == "latest":
+        while checkpoints and (damage := damage_of(checkpoints[-1])):
+            folder = checkpoints.pop()
+            if is_main_process():
+                aside = folder.with_name(f"damaged-{folder.name}")
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}-again")
+                folder.rename(aside)
+                note(f"{folder.name}: {damage}; it is now {aside.name}, and the next older one is taken")
+        if not checkpoints:
+            return None
     named = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
     folders = checkpoints[-1:] if resume_from_checkpoint == "latest" else named
-    files = (STATE_FILE, RAW_LORA_FILE)
-    folder = next((folder for folder in folders if all((folder / file).exists() for file in files)), None)
+    folder = next((folder for folder in folders if (folder / STATE_FILE).exists()), None)
     if folder is None:
-        raise ValueError(
-            f"{option}: allowed are 'latest' and a folder checkpoint-<step> that holds {' and '.join(files)}"
-        )
+        raise ValueError(f"{option}: allowed are 'latest' and a folder checkpoint-<step> with {STATE_FILE} in it")
     if folder.resolve() in [older.resolve() for older in checkpoints[:-1]]:
         raise ValueError(f"{option}: {checkpoints[-1].name} is newer; move it away, or name another --output_dir")
+    if resume_from_checkpoint != "latest" and (damage := damage_of(folder)):
+        raise ValueError(f"{option}: {damage}; 'latest' takes the newest sound checkpoint of --output_dir")
     try:
         return Checkpoint(folder, **json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{option}: {folder / STATE_FILE} is damaged: {one_line(error)}") from error
+    except TypeError as error:
+        raise ValueError(f"{option}: {folder / STATE_FILE} is of another version: {one_line(error)}") from error
 
 
 def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs: int, lora_init: str | None) -> str:
@@ -1330,13 +1386,51 @@ def save_checkpoint(accelerator, checkpoint: Checkpoint, total_limit: int | None
         for stale in folder.parent.glob("partial-checkpoint-*"):  # of a run that was killed while writing
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(partial)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            checksums = {file.name: checksum_of(file) for file in sorted(partial.iterdir())}
+            (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2), encoding="utf-8")
+            partial.rename(folder)
+    except (OSError, RuntimeError) as error:  # torch says "file write failed" of a full disk
+        free = f"{shutil.disk_usage(folder.parent).free / 2**20:.0f} MiB are free"
+        raise RuntimeError(f"{folder} cannot be written, {free}: {one_line(error)}. {GO_ON}") from error
     if accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
-        partial.rename(folder)
         for old in find_checkpoints(folder.parent)[:-total_limit] if total_limit else []:
             shutil.rmtree(old)
+
+
+def is_main_process() -> bool:
+    """Whether this is the first of the run's processes, as launchers say it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def lock_output_dir(output_dir: str | Path) -> Any:
+    """Returns a file that keeps the folder to this run while it is open, or until the process ends in any way.
+
+    The main process locks; on Windows, and on a file system without locks, none does. Raises ValueError if another run
+    has the folder, or it cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    if not is_main_process():
+        return None
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        file = Path(output_dir, LOCK_FILE).open("a")
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a process of the data loader would inherit
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"--output_dir {output_dir} is in use by another run; wait for it or name another") from error
+    except OSError:
+        pass
+    return file
 
 
 def check_output_dir(
@@ -1359,8 +1453,11 @@ def check_output_dir(
 def add_metrics(file: Path, step: int, metrics: dict[str, float]) -> None:
     """Appends a line of JSON; null stands for what is not finite."""
     metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": step, **metrics}) + "\n")
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+    except OSError as error:
+        raise RuntimeError(f"{file} cannot be written: {one_line(error)}. {GO_ON}") from error
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:

@@ -92,6 +92,7 @@ from inversion_utils import (
     check_launcher,
     check_output_dir,
     check_resumed_run,
+    check_tokenizer,
     collate,
     collate_targets,
     create_hub_repo,
@@ -105,6 +106,7 @@ from inversion_utils import (
     invert,
     leave_signals_to_the_main_process,
     load_pairs,
+    lock_output_dir,
     log_pictures,
     lora_shape,
     lora_weights,
@@ -113,6 +115,7 @@ from inversion_utils import (
     number,
     on_device,
     one_line,
+    only_variant,
     prediction_error,
     preference_loss,
     push_to_hub,
@@ -358,6 +361,9 @@ def read_configs(args):
     """
     model, (vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
     source, pipeline_config, part = f"--pretrained_model_name_or_path {model}", {}, "unet"
+    if Path(model).is_file():
+        convert = f"diffusers.{PIPELINE}.from_single_file({model!r}).save_pretrained('my-model')"
+        raise ValueError(f'{source} is a single file; make a folder of it: python -c "import diffusers; {convert}"')
     with contextlib.suppress(OSError, ValueError):
         pipeline_config = DiffusionPipeline.load_config(model, revision=args.revision, cache_dir=args.cache_dir)
     try:
@@ -382,6 +388,18 @@ def read_configs(args):
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{source} predicts {prediction_type!r}; supported are {' and '.join(PREDICTION_TYPES)}")
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    folders = [Path(model, name) for name in ("unet", "text_encoder", "text_encoder_2")]
+    for folder in (*folders, Path(vae_path, "vae" if vae_path == model else "")):
+        if not args.variant and (variant := only_variant(folder)):
+            raise ValueError(f"{source}: {folder} holds one variant only; try --variant {variant}")
+    try:
+        part = "tokenizer"
+        for tokenizer in load_tokenizers(args):
+            check_tokenizer(tokenizer)
+        part = f"scheduler for --validation_prompts ({sampler})"
+        _ = args.validation_prompts and load_sampler(args)
+    except Exception as error:  # `transformers` fails in many kinds
+        raise ValueError(f"{source} has no usable {part}: {one_line(error)}") from error
     if args.resolution % factor:
         raise ValueError(f"--resolution is {args.resolution}; allowed: multiples of {factor}, the VAE's factor")
     lora_init, fingerprints = None, [fingerprint(model, commit), fingerprint(vae_path, vae_commit)]
@@ -614,9 +632,11 @@ def main(argv=None):
     options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
 
     # What can be known before weights load
+    notes = []
     try:
         check_launcher(os.environ)
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        _lock = lock_output_dir(args.output_dir)  # held as long as this runs
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, notes.append)
         check_output_dir(args.output_dir, checkpoint, args.resume_from_checkpoint)
         noise_scheduler, pipeline_config, fingerprints, lora_init = read_configs(args)
         lora_hash = hash_tensors(lora_init) if lora_init else None
@@ -632,12 +652,12 @@ def main(argv=None):
         if args.push_to_hub and not args.precompute_only:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
     except (ValueError, RuntimeError) as problem:
-        error(str(problem))
+        error("; ".join([str(problem), *notes]))
     accelerator, weight_dtype = start(args, error)
     warn = partial(logger.warning, main_process_only=False)  # of what this process met
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    if changed:
-        logger.warning(f"Options that differ from the start of the run: {changed}")
+    for line in notes + ([f"Options that differ from the start of the run: {changed}"] if changed else []):
+        logger.warning(line)
     step, visit, good_steps = (checkpoint.step, checkpoint.visit, checkpoint.good_steps) if checkpoint else (0, 0, 0)
     visits_per_step = args.train_batch_size * accelerator.gradient_accumulation_steps * num_processes
     visits_to_go = max(0, args.num_train_epochs * len(pairs) - visit)
@@ -772,6 +792,8 @@ def main(argv=None):
         f"steps: {max_train_steps} of {visits_per_step} pairs; {args.objective}; timesteps per pair: {num_targets}, "
         f"{training_timesteps[0]} to {training_timesteps[-1]}; parameters: {sum(p.numel() for p in lora_parameters):,}"
     )
+    if step >= max_train_steps:
+        logger.info(f"Nothing to train: {step} steps are done. Only the results are written")
     progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
     means, usable_rows, bad_steps_in_a_row, has_moved = RunningMeans(), [], 0, False
     policy.train()

@@ -28,6 +28,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -75,6 +76,7 @@ CALLS = ("predict_noise", "encode_images", "encode_prompts")  # the script's fun
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count, default_methods = number(int, least=1), [name for name in METHODS if name not in ON_REQUEST]
     add = parser.add_argument
@@ -89,7 +91,7 @@ def parse_args(argv=None):
     add("--inversion_dpo_steps", type=number(int, least=4), default=40,
         help="nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
         "of two rows of ours: inverting as many, four of them trained, and training all")  # fmt: skip
-    add("--output", help="also write the figures to this new file, as JSON")
+    add("--output", type=path, help="also write the figures to this new file, as JSON")
     add("train_options", nargs="*", help="after --: options of the training script for all methods")
     args = parser.parse_args(argv)
     args.resolution = FAMILIES[args.model].resolution if args.resolution is None else args.resolution

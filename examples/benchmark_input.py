@@ -11,6 +11,7 @@ options but those in --help are those of train_inversion_dpo.py: data, resolutio
 import argparse
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from inversion_utils import (
 
 def parse_args(argv=None):
     """Returns this program's options, and the rest."""
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -45,7 +47,7 @@ def parse_args(argv=None):
     add("--image_size", type=count, default=768, help="pixels of a side of the pictures that are written")
     add("--num_workers", type=natural, nargs="+", default=[0, 2], help="numbers of the loader's processes to compare")
     add("--num_pairs", type=count, default=200, help="pairs to deliver; more are steadier")
-    add("--output", help="also write the figures to this file, as JSON")
+    add("--output", type=path, help="also write the figures to this file, as JSON")
     return parser.parse_known_args(argv)
 
 

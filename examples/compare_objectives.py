@@ -42,9 +42,10 @@ METHODS = {  # objective and timesteps per pair -> options
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Folder of the small world's pipeline")
-    parser.add_argument("--output_dir", required=True, help="Folder for pairs, LoRAs and runs.json")
+    parser.add_argument("--model", type=path, required=True, help="Folder of the small world's pipeline")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder for pairs, LoRAs and runs.json")
     parser.add_argument("--preferences", nargs="+", default=["area", "sharpness"], choices=small_world.PREFERENCES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="Rows of the table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")

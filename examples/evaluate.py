@@ -9,6 +9,7 @@ half) with a 95 % interval, the mean score before and after, and the share of pi
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -82,11 +83,14 @@ def draw_before_after(before, after, captions, result, num_columns=5, num_rows=2
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Folder of the base pipeline")
-    parser.add_argument("--lora", required=True, help="Folder with pytorch_lora_weights.safetensors")
+    parser.add_argument("--model", type=path, required=True, help="Folder of the base pipeline")
+    parser.add_argument("--lora", type=path, required=True, help="Folder with pytorch_lora_weights.safetensors")
     parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What is to be scored")
-    parser.add_argument("--output_dir", required=True, help="Folder for evaluation.json and before_after.png")
+    parser.add_argument(
+        "--output_dir", type=path, required=True, help="Folder for evaluation.json and before_after.png"
+    )
     parser.add_argument("--num_images", type=int, default=256, help="More: a narrower interval")
     add_sampling_options(parser)
     args = parser.parse_args(argv)

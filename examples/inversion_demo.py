@@ -21,6 +21,7 @@ from x_t and the implied noise in one step would prove nothing: it is exact by c
 import argparse
 import logging
 import math
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -181,6 +182,7 @@ def draw_comparison(panels, heading):
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s --model M --image I --output_dir O [options, see --help]",
@@ -189,10 +191,10 @@ def parse_args(argv=None):
     count = number(int, least=1)
     # fmt: off
     add = parser.add_argument
-    add("--model", required=True, help="Stable Diffusion 1.x, 2.x or SDXL pipeline: a Hub id or a folder")
-    add("--image", required=True, help="picture to invert; its central square is used")
+    add("--model", type=path, required=True, help="Stable Diffusion 1.x, 2.x or SDXL pipeline: a Hub id or a folder")
+    add("--image", type=path, required=True, help="picture to invert; its central square is used")
     add("--prompt", default="", help="what the picture shows; the model is told so on both ways")
-    add("--output_dir", required=True, help="folder for " + ", ".join(OUTPUTS))
+    add("--output_dir", type=path, required=True, help="folder for " + ", ".join(OUTPUTS))
     add("--num_steps", type=count, default=20, help="model calls each way; more reconstructs better and takes longer")
     add("--timestep", type=number(int, least=0), help="how far to invert (the last timestep that has signal)")
     add("--resolution", type=count, help="pixels per side (the model's own)")

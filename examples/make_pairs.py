@@ -10,6 +10,7 @@ image 1 won, 0.5 for a tie) and `caption`. Load it with `load_dataset("parquet",
 import argparse
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +91,11 @@ def encode_png(picture):
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", required=True, help="Folder of the pipeline to sample from")
+    parser.add_argument("--model", type=path, required=True, help="Folder of the pipeline to sample from")
     parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
-    parser.add_argument("--output_dir", required=True, help="Folder for train.parquet")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder for train.parquet")
     parser.add_argument("--num_pairs", type=int, default=256)
     parser.add_argument("--tie_margin", type=float, default=0.01, help="Scores closer than this are labelled a tie")
     add_sampling_options(parser)

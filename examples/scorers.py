@@ -20,6 +20,7 @@ torchvision (not tried here), a file in the environment where they work is
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -103,7 +104,7 @@ def load_function(spec):
 
 
 def clip_model(name, path):
-    return path or (PICKSCORE if name == "pickscore" else CLIP)
+    return os.path.expanduser(path) or (PICKSCORE if name == "pickscore" else CLIP)
 
 
 def clip_scorer(name, path, device, batch_size):

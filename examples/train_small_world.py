@@ -30,6 +30,7 @@ They follow sizes and crops in the right direction, but less far than the traini
 import argparse
 import copy
 import math
+import os
 import time
 from pathlib import Path
 
@@ -55,10 +56,20 @@ UNET_STEPS = {"sd": 2000, "sdxl": 2500}
 
 
 def parse_args(argv=None):
+    path = os.path.expanduser
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", required=True, help="The pipeline; training state lies beside it, as *.pt")
+    parser.add_argument(
+        "--output_dir",
+        type=path,
+        required=True,
+        help="The pipeline; training state lies beside it, as *.pt",
+    )
     parser.add_argument("--family", default="sd", choices=["sd", "sdxl"], help="Kind of pipeline")
-    parser.add_argument("--vae", help="Pipeline folder whose trained autoencoder to take, instead of training one")
+    parser.add_argument(
+        "--vae",
+        type=path,
+        help="Pipeline folder whose trained autoencoder to take, instead of training one",
+    )
     parser.add_argument("--num_pictures", type=int, default=9000, help="Pictures to draw; more generalise better")
     parser.add_argument("--vae_steps", type=int, default=3000, help="Autoencoder training; more gives crisper edges")
     parser.add_argument("--vae_batch_size", type=int, default=16)

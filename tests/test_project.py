@@ -1,9 +1,11 @@
 """Promises between the project's files: requirements, script headers, commands and snippets in the READMEs."""
 
+import argparse
 import ast
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -156,3 +158,34 @@ def test_the_inversion_snippet_runs(snippet):
     abar = pipe.scheduler.alphas_cumprod[[10, 700]].view(2, 1, 1, 1)
     one_step = (trajectory.latents[0] - (1 - abar).sqrt() * trajectory.noise[0]) / abar.sqrt()
     torch.testing.assert_close(one_step, names["latents"], rtol=0, atol=1e-4)
+
+
+class Parser(Exception):
+    """Carries a program's parser out of it."""
+
+
+SCRIPTS_AND_TOOLS = [*ROOT.glob("train*.py"), *(ROOT / "examples").glob("*.py")]
+PROGRAMS = sorted(path for path in SCRIPTS_AND_TOOLS if "def parse_args" in path.read_text())
+PATHS = re.compile(
+    ".*_dir|.*name_or_path|lora(_init)?|(.*_)?model|dataset_name|output|image|image_root|vae|prompts|scorers?|config"
+)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
+def test_paths_in_the_home_folder_are_expanded(program, monkeypatch):
+    """Shells leave a tilde alone in --output_dir=~/x."""
+
+    def parse(parser, *args):
+        raise Parser(parser)
+
+    module = importlib.import_module(program.stem)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+    monkeypatch.setattr(module, "with_config", lambda parser, argv: argv, raising=False)
+    with pytest.raises(Parser) as caught:
+        module.parse_args([])
+    actions = caught.value.args[0]._actions
+    actions = [action for action in actions if PATHS.fullmatch(action.dest) and not action.choices]
+    assert actions
+    for action in actions:
+        assert action.type and action.type("~/x") == os.path.expanduser("~/x"), action.dest

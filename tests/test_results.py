@@ -52,7 +52,7 @@ def picture(output_dir, step, prompt):
 
 def test_the_folder_holds_these_and_nothing_half_written(output_dir):
     names = {"README.md", "checkpoint-3", "logs", "metrics.jsonl", "pytorch_lora_weights.safetensors", "report.png"}
-    assert {path.name for path in output_dir.iterdir()} == names | {"training_config.json", "validation"}
+    assert {path.name for path in output_dir.iterdir()} == names | {"training_config.json", "validation", ".lock"}
     files = {f"step-{step:06}-prompt-{i}.png" for step in (2, 3) for i in (0, 1)}
     assert {path.name for path in (output_dir / "validation").iterdir()} == files
     assert not list(output_dir.rglob("*partial*"))

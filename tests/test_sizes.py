@@ -25,8 +25,9 @@ def depth(node):
 def test_the_helper_can_be_read_in_one_sitting():
     """It had 3,183 lines when each form of data, cache and report had code of its own: what is a tool's belongs into
     examples/, and what a library does is left to it. Raise the limit only for what every run needs. It was 1,400
-    before a LoRA could be read in other formats, continued, and written with kohya's names, and before --config."""
-    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1650
+    before a LoRA could be read in other formats, continued, and written with kohya's names, and before --config; and
+    1,650 before two runs could not share a folder, and a damaged checkpoint or model was refused."""
+    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1750
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

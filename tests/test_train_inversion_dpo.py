@@ -328,7 +328,7 @@ def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_mo
     for name in ("loss", "rewards/margins", "policy_error", "grad_norm", "lr"):  # means over the processes
         assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4, abs=1e-4), name
     names = {"README.md", "checkpoint-2", "checkpoint-3", "logs", LORA_FILE, "metrics.jsonl", "report.png"}
-    assert {path.name for path in two.iterdir()} == names | {"training_config.json"}
+    assert {path.name for path in two.iterdir()} == names | {"training_config.json", ".lock"}
     assert all(hashlib.sha256(file.read_bytes()).digest() == value for file, value in digest.items())
     assert_same(resume(train, two, "checkpoint-2", "resumed", train_batch_size=8, **method), lora(two), atol=2e-6)
 

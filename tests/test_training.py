@@ -1,9 +1,11 @@
 """What a run can be trusted with: its LoRA, its checkpoints, its folder, and the signals that stop it."""
 
+import hashlib
 import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from accelerate.utils.other import load as accelerate_load
 from conftest import assert_same, build_pipeline, logged, lora
 
 from inversion_utils import (
+    CHECKSUMS_FILE,
     LORA_FILE,
     METRICS_FILE,
     RAW_LORA_FILE,
@@ -116,7 +119,7 @@ def test_a_checkpoint_is_there_whole_or_not_at_all_and_a_resumed_run_is_the_same
             raise OSError("killed here")
 
     monkeypatch.setattr(Accelerator, "save_state", save)
-    with pytest.raises(OSError):
+    with pytest.raises(RuntimeError, match="killed here"):
         train("broken", **options)
     monkeypatch.setattr(Accelerator, "save_state", save_state)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{i}" for i in (1, 2, 3)]
@@ -135,7 +138,7 @@ def test_a_checkpoint_holds_no_code_and_the_oldest_go(train):
     output_dir = train(**QUICK, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2, **LATEST)
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     names = {path.name for path in (output_dir / "checkpoint-3").iterdir()}
-    assert names == {LORA_FILE, RAW_LORA_FILE, STATE_FILE, "optimizer.bin", "random_states_0.pkl"}
+    assert names == {LORA_FILE, RAW_LORA_FILE, STATE_FILE, CHECKSUMS_FILE, "optimizer.bin", "random_states_0.pkl"}
     for name in ("optimizer.bin", "random_states_0.pkl"):
         assert accelerate_load(output_dir / "checkpoint-3" / name, weights_only=True)
 
@@ -161,22 +164,24 @@ def run_dir(tmp_path):
         (tmp_path / name).mkdir()
         state = {"step": 10, "visit": 40, "good_steps": 9, "num_pairs": 8, "options": {"rank": 4}, "skipped": {}}
         (tmp_path / name / STATE_FILE).write_text(json.dumps({**state, "lora_init": None}))
-        (tmp_path / name / RAW_LORA_FILE).touch()
+        checksums = {STATE_FILE: hashlib.sha256((tmp_path / name / STATE_FILE).read_bytes()).hexdigest()}
+        (tmp_path / name / CHECKSUMS_FILE).write_text(json.dumps(checksums))
     return tmp_path
 
 
 def test_checkpoints_are_found_by_step_not_by_name(run_dir, monkeypatch):
-    newest = find_checkpoint(run_dir, "latest")
+    find = partial(find_checkpoint, note=pytest.fail)
+    newest = find(run_dir, "latest")
     assert newest.folder == run_dir / "checkpoint-10" and (newest.visit, newest.options) == (40, {"rank": 4})
-    assert find_checkpoint(run_dir, "checkpoint-10") == newest
-    assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-10")) == newest
-    assert find_checkpoint("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
-    assert find_checkpoint(run_dir, None) is None is find_checkpoint(run_dir / "empty", "latest")
+    assert find(run_dir, "checkpoint-10") == newest
+    assert find("elsewhere", str(run_dir / "checkpoint-10")) == newest
+    assert find("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
+    assert find(run_dir, None) is None is find(run_dir / "empty", "latest")
     (run_dir / "other" / "checkpoint-10").mkdir(parents=True)
     (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text("{}")
     monkeypatch.chdir(run_dir / "other")
-    assert find_checkpoint(run_dir, "checkpoint-10") == newest  # the name is looked up in the output_dir first
-    (run_dir / "checkpoint-7").mkdir()  # without the raw weights
+    assert find(run_dir, "checkpoint-10") == newest  # the name is looked up in the output_dir first
+    (run_dir / "checkpoint-7").mkdir()  # without checksums
     (run_dir / "checkpoint-7" / STATE_FILE).write_text("{}")
     for name in (
         "checkpoint-11",
@@ -185,7 +190,7 @@ def test_checkpoints_are_found_by_step_not_by_name(run_dir, monkeypatch):
         "checkpoint-7",
     ):  # 10 is newer than 9, of another course
         with pytest.raises(ValueError, match="--resume_from_checkpoint"):
-            find_checkpoint(run_dir, name)
+            find(run_dir, name)
 
 
 def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
@@ -209,7 +214,7 @@ def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
 def test_a_folder_that_holds_only_pictures_of_another_run_is_refused_and_kept(refused, no_models, tmp_path):
     (tmp_path / "run" / "validation").mkdir(parents=True)
     assert "--output_dir" in refused()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["validation"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"validation", ".lock"}
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, tmp_path):
@@ -221,7 +226,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train,
 
 
 def test_a_folder_with_checkpoints_is_kept_for_the_run_that_continues_it(run_dir):
-    checkpoint = find_checkpoint(run_dir, "latest")
+    checkpoint = find_checkpoint(run_dir, "latest", pytest.fail)
     check_output_dir(run_dir, checkpoint)
     check_output_dir(run_dir / "new" / "deep", None)
     assert not any((run_dir / "new" / "deep").iterdir())

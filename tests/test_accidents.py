@@ -1,0 +1,253 @@
+"""Nothing is lost, nothing is run, nothing goes wrong silently: two runs at once, damaged files, broken models."""
+
+import contextlib
+import json
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from conftest import assert_same, lora, pair_rows, write_json, write_parquet
+from safetensors.torch import save_file
+from transformers import CLIPTokenizer
+
+from inversion_utils import (
+    CHECKSUMS_FILE,
+    LOCK_FILE,
+    LORA_FILE,
+    METRICS_FILE,
+    RAW_LORA_FILE,
+    STATE_FILE,
+    add_metrics,
+    checksum_of,
+    lock_output_dir,
+    one_line,
+)
+
+pytestmark = pytest.mark.usefixtures("without_report")
+QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3, "checkpointing_steps": 1}
+LATEST = {"resume_from_checkpoint": "latest"}
+
+
+# Two runs at once
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from inversion_utils import lock_output_dir
+lock = lock_output_dir(sys.argv[2])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_one_has_died(train, refused, no_models, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, Path(__file__).parents[1], folder], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        assert "--output_dir" in refused() and "in use" in refused(**LATEST)
+        assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+        monkeypatch.setenv("RANK", "1")
+        assert lock_output_dir(folder) is None  # the main process of a run locks for all
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    monkeypatch.delenv("RANK")
+    assert lock_output_dir(folder) is not None
+
+
+# Checkpoints
+
+
+def damage(kind, file):
+    if kind == "absent":
+        file.unlink()
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:  # one bit
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 4
+        file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the first test leaves a run of three steps, with a checkpoint each, and its last LoRA."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.fixture
+def three_steps(train, kept, tmp_path):
+    """A run of three steps as if it had been killed after the third checkpoint; returns its folder, and its LoRA."""
+    if not kept.exists():
+        shutil.copytree(train("whole", max_train_steps=3, **QUICK), kept)
+    folder = shutil.copytree(kept, tmp_path / "run")
+    for name in (LORA_FILE, "README.md", "training_config.json"):
+        (folder / name).unlink()
+    return folder, lora(kept)
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "cut", "one bit"])
+@pytest.mark.parametrize("name", [RAW_LORA_FILE, "optimizer.bin", "random_states_0.pkl", STATE_FILE, CHECKSUMS_FILE])
+def test_latest_takes_the_newest_sound_checkpoint(train, three_steps, caplog, name, kind):
+    folder, expected = three_steps
+    damage(kind, folder / "checkpoint-3" / name)
+    train(max_train_steps=3, **QUICK, **LATEST)
+    assert_same(lora(folder), expected)
+    (line,) = [record.getMessage() for record in caplog.records if "checkpoint-3" in record.getMessage()]
+    assert (name in line or name == CHECKSUMS_FILE) and "damaged-checkpoint-3" in line
+    names = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
+    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"}
+    assert [json.loads(line)["step"] for line in (folder / METRICS_FILE).read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(refused, no_models, three_steps):
+    folder, _ = three_steps
+    damage("one bit", folder / "checkpoint-3" / "optimizer.bin")
+    message = refused(max_train_steps=4, **QUICK, resume_from_checkpoint="checkpoint-3")
+    assert (
+        message.startswith("--resume_from_checkpoint checkpoint-3: optimizer.bin is damaged") and "latest" in message
+    )
+
+
+def test_without_a_sound_checkpoint_the_run_starts_anew_and_keeps_the_damaged_ones(train, three_steps):
+    folder, expected = three_steps
+    for i in (1, 2, 3):
+        damage("empty", folder / f"checkpoint-{i}" / STATE_FILE)
+    (folder / "damaged-checkpoint-3").mkdir()
+    (folder / "damaged-checkpoint-3" / "mine").touch()
+    train(max_train_steps=3, **QUICK, **LATEST)
+    assert_same(lora(folder), expected)
+    names = {path.name for path in folder.iterdir() if path.name.startswith("damaged")}
+    assert names == {f"damaged-checkpoint-{i}" for i in (1, 2, 3)} | {"damaged-checkpoint-3-again"}
+
+
+class Evil:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin"])
+def test_nothing_in_a_checkpoint_is_run(train, three_steps, tmp_path, name):
+    """Even where the checksums agree: it is refused or left alone."""
+    folder, _ = three_steps
+    file = folder / "checkpoint-3" / name
+    file.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    pickle.loads(file.read_bytes())
+    (tmp_path / "ran").unlink()  # so it would run
+    write_json(folder / "checkpoint-3" / CHECKSUMS_FILE, **{name: checksum_of(file)})
+    with contextlib.suppress(Exception):
+        train(max_train_steps=4, **QUICK, **LATEST)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_named_with_the_way_to_go_on(train, tmp_path, monkeypatch):
+    save_state = Accelerator.save_state
+
+    def save(self, output_dir, *args):
+        save_state(self, output_dir, *args)
+        if output_dir.name.endswith("-2"):
+            raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    with pytest.raises(
+        RuntimeError, match="checkpoint-2 cannot be written, .* MiB are free: .*--resume_from_checkpoint"
+    ):
+        train(max_train_steps=3, **QUICK)
+    monkeypatch.setattr(Accelerator, "save_state", save_state)
+    whole = train("whole", max_train_steps=3, **QUICK)
+    assert_same(lora(train(max_train_steps=3, **QUICK, **LATEST)), lora(whole))
+
+
+def test_metrics_that_cannot_be_written_say_so():
+    with pytest.raises(RuntimeError, match="cannot be written: .*space.*--resume_from_checkpoint"):
+        add_metrics(Path("/dev/full"), 1, {"loss": 0.5})
+
+
+def test_latest_with_nothing_to_do_says_so(train, three_steps, caplog):
+    folder, _ = three_steps
+    train(max_train_steps=2, **QUICK, **LATEST)
+    assert any("Nothing to train: 3 steps are done" in record.getMessage() for record in caplog.records)
+    assert json.loads((folder / "training_config.json").read_text())["steps"] == 3
+
+
+# Models that are subtly broken
+
+
+def break_model(kind, folder):
+    if kind == "no vocabulary":
+        for file in (folder / "tokenizer").iterdir():
+            if file.name != "tokenizer_config.json":
+                file.unlink()
+    elif kind == "no tokenizer":
+        shutil.rmtree(folder / "tokenizer")
+    elif kind == "fp16 only":
+        for part in ("unet", "vae", "text_encoder"):
+            for file in (folder / part).glob("*.safetensors"):
+                file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    elif kind == "sampler's package":
+        write_json(folder / "scheduler" / "scheduler_config.json", _class_name="DPMSolverSDEScheduler")
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("no vocabulary", "tokenizer"), ("no tokenizer", "tokenizer"), ("fp16 only", "--variant fp16"),
+        ("sampler's package", "torchsde"),
+    ],
+)  # fmt: skip
+def test_a_broken_model_is_refused_before_weights_load(refused, no_models, tiny_model, tmp_path, kind, named):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    break_model(kind, folder)
+    message = refused(pretrained_model_name_or_path=folder, validation_prompts=["a"])
+    assert message.startswith(f"--pretrained_model_name_or_path {folder}") and named in message
+
+
+def test_a_single_file_is_refused_with_the_way_to_convert_it(refused, no_models, tmp_path):
+    save_file({}, tmp_path / "model.safetensors")
+    message = refused(pretrained_model_name_or_path=tmp_path / "model.safetensors")
+    assert "StableDiffusionPipeline.from_single_file" in message
+
+
+def test_the_variant_that_is_there_is_trained(train, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    break_model("fp16 only", folder)
+    expected = train("plain", max_train_steps=1, **QUICK)
+    assert_same(
+        lora(train(pretrained_model_name_or_path=folder, variant="fp16", max_train_steps=1, **QUICK)), lora(expected)
+    )
+
+
+def test_a_caption_of_megabytes_is_cut_before_it_is_tokenized(train, tmp_path):
+    rows = [{**row, "caption": "word " * 400} for row in pair_rows(4)]
+    short = train("short", train_data_dir=write_parquet(rows, tmp_path / "short data"), **QUICK)
+    rows = [{**row, "caption": "word " * 2_000_000} for row in rows]
+    tokenized = []
+    original = CLIPTokenizer.__call__
+
+    def tokenize(tokenizer, texts, **options):
+        tokenized.extend(map(len, texts))
+        return original(tokenizer, texts, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CLIPTokenizer, "__call__", tokenize)
+        long = train("long", train_data_dir=write_parquet(rows, tmp_path / "long data"), **QUICK)
+    assert_same(lora(long), lora(short))
+    assert 77 < max(tokenized) < 10_000
+
+
+def test_escape_sequences_do_not_reach_the_terminal():
+    assert one_line(ValueError("\x1b[31mred\x1b]0;title\x07\n\u202eoff\u200b end")) == "[31mred ]0;title off end"
