@@ -17,6 +17,7 @@ travel in one batch (2B, ...): the B winners first, then the B losers.
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import html
 import importlib.metadata
@@ -604,6 +605,14 @@ class PreferencePairs:
             if hasattr(rows.features[image], "decode_example"):
                 self.rows = self.rows.cast_column(image, type(rows.features[image])(decode=False))
 
+    def hold_out(self, count: int) -> "PreferencePairs":
+        """Takes `count` pairs out, the same for every seed of a run, and returns them; ValueError if none is left."""
+        if count >= len(self):
+            raise ValueError(f"--num_eval_pairs {count}: allowed: fewer than the {len(self)} pairs of the data")
+        held_out, chosen = copy.copy(self), np.random.default_rng(0).permutation(len(self))[:count]
+        held_out.kept, self.kept = self.kept[np.sort(chosen)], np.delete(self.kept, chosen)
+        return held_out
+
     def _numbers(self, rows, name: str, is_allowed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Returns the numbers in an optional column, NaN where they are missing or not allowed; 1 without a column."""
         if name not in self.columns:
@@ -827,7 +836,8 @@ def forward_noise(keys: list[tuple[int, ...]], seed: int, shape: tuple[int, ...]
 
     `shape` is (M, C, h, w).
     """
-    # Streams of random numbers: 0 and 3 for the draws of a visit, 1 and 4 for its noise, 2 for the order of an epoch.
+    # Streams of random numbers: 0, 3 and 5 for the draws of a visit, a cache's draw and a held-out pair, each + 1 for
+    # its noise, 2 for the order of an epoch.
     seeds = [int(np.random.default_rng([seed, key[0] + 1, *key[1:]]).integers(2**62)) for key in keys]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds], dim=1)
     return torch.cat([noise, noise], dim=1)
@@ -975,14 +985,15 @@ def fingerprint(model: str, commit: str | None) -> str:
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 CARD_FILE, CONFIG_FILE, REPORT_FILE = "README.md", "training_config.json", "report.png"
-METRICS_FILE, VALIDATION_DIR = "metrics.jsonl", "validation"
+METRICS_FILE, VALIDATION_DIR, BEST_DIR = "metrics.jsonl", "validation", "best"
 FINAL_RESULTS = (LORA_FILE, KOHYA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # of a run that ended
-RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR)  # beside checkpoints and logs
+RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR, BEST_DIR)  # beside checkpoints and logs
 PUSHED = (*FINAL_RESULTS, f"{VALIDATION_DIR}/step-*.png")
 STATE_FILE, RAW_LORA_FILE = "training_state.json", "raw_lora_weights.safetensors"  # of a checkpoint
 CHECKSUMS_FILE = "checksums.json"  # of a checkpoint's other files
 LOCK_FILE = ".lock"  # of --output_dir
 GO_ON = "Make room and go on with --resume_from_checkpoint latest"
+WINNER_LIMIT = 0.02  # how far the error of held-out winners may lie above the reference's
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -1473,6 +1484,71 @@ def cut_metrics(file: Path, step: int) -> None:
         write_whole(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step).encode())
 
 
+class HeldOut:
+    """Pairs kept out of training, at fixed timesteps and noise: what the policy predicts better than the reference.
+
+    Args:
+        batches: `Targets` of this process's share, with a timestep in each of M bands.
+        bands: names of the bands, such as "200-399".
+        beta: see `preference_loss`.
+        metrics: what the run has logged so far, from which the best margin is known.
+    """
+
+    def __init__(self, batches: list[Targets], bands: list[str], beta: float, metrics: list[dict[str, float]]):
+        self.batches, self.bands, self.beta, self._is_warned = batches, bands, beta, False
+        self.best = 0.0
+        for logs in metrics:
+            self.is_best(logs)
+
+    @torch.no_grad()
+    def measure(self, accelerator, errors: Callable[[Targets], torch.Tensor]) -> dict[str, float]:
+        """Returns the metrics, over all processes, from the policy's `errors` (M, 2B) at targets.
+
+        `eval/margins` and `eval/accuracies` as in training; `eval/winner_error` and `eval/loser_error`, by which share
+        the policy's error is larger than the reference's; and these two for each band.
+        """
+        from accelerate.utils import send_to_device
+
+        sums = torch.zeros(7, len(self.bands), device=accelerator.device)
+        for targets in self.batches:
+            targets = send_to_device(targets, accelerator.device)
+            policy, reference = errors(targets), targets.reference_error
+            winner_ratio, loser_ratio = (reference - policy).chunk(2, dim=1)
+            margin = self.beta / 2 * (winner_ratio - loser_ratio)
+            correct = (margin > 0) + 0.5 * (margin == 0)
+            parts = (*policy.chunk(2, 1), *reference.chunk(2, 1), margin, correct, torch.ones_like(margin))
+            sums += torch.stack([part.sum(1) for part in parts])
+        policy_w, policy_l, reference_w, reference_l, margin, correct, count = accelerator.reduce(sums).cpu()
+        logs = {
+            "eval/margins": margin.sum() / count.sum(),
+            "eval/accuracies": correct.sum() / count.sum(),
+            "eval/winner_error": policy_w.sum() / reference_w.sum() - 1,
+            "eval/loser_error": policy_l.sum() / reference_l.sum() - 1,
+        }
+        for name, ratio in (("winner", policy_w / reference_w), ("loser", policy_l / reference_l)):
+            logs |= {f"eval/{name}_error/{band}": x - 1 for band, x in zip(self.bands, ratio, strict=True)}
+        return {name: float(value) for name, value in logs.items()}
+
+    def is_best(self, logs: dict[str, float]) -> bool:
+        """Whether the margin is the best so far, with the winner's error within `WINNER_LIMIT`; then remembers it."""
+        is_best = logs.get("eval/margins", 0.0) > self.best and logs["eval/winner_error"] <= WINNER_LIMIT
+        self.best = logs["eval/margins"] if is_best else self.best
+        return is_best
+
+    def note(self, logs: dict[str, float], step: int) -> str:
+        """Returns what the log should say, once, of a policy that decays or does not move; "" otherwise."""
+        winner, loser, text = logs["eval/winner_error"], logs["eval/loser_error"], ""
+        if winner > WINNER_LIMIT and loser > 0:
+            text = (
+                f"on held-out pairs the errors of winners, {winner:+.1%}, and losers, {loser:+.1%}, have both risen: "
+            )
+            text += "pictures decay. A lower LoRA scale, fewer steps or a higher --beta_dpo help"
+        elif max(abs(winner), abs(loser)) < 1e-4:
+            text = "on held-out pairs the policy has not moved. A higher --learning_rate or more steps help"
+        text, self._is_warned = "" if self._is_warned else text, self._is_warned or bool(text)
+        return f"step {step}: {text}" if text else ""
+
+
 def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, loss_type: str) -> None:
     """Plots the course of a run from what `read_metrics` returns; the loss of an untrained policy is `loss_type`'s."""
     from matplotlib.figure import Figure
@@ -1483,17 +1559,26 @@ def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, l
         "rewards": ["rewards/margins", "rewards/chosen", "rewards/rejected"],
         "error of the noise prediction": ["policy_error", "reference_error"],
     }
+    evaluated = [row for row in metrics if "eval/margins" in row]
+    if evaluated:
+        errors = [f"eval/{name}_error" for name in ("winner", "loser")]
+        panels |= {"held-out pairs: margin": ["eval/margins"], "held-out pairs: error above the reference's": errors}
     untrained_loss = preference_loss(torch.zeros(2), torch.zeros(2), 1.0, loss_type)[0].item()
     untrained = {"loss": untrained_loss, "rewards/accuracies": 0.5, "rewards/margins": 0.0}
-    steps, window = [row["step"] for row in metrics], max(1, len(metrics) // 20)
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    figure.suptitle(f"{title}\nthin: each step, thick: mean over {window}; dotted: a policy equal to the reference")
-    for axes, (name, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    untrained |= {"eval/margins": 0.0, "eval/winner_error": 0.0}
+    num_rows, mean_over = len(panels) // 2, max(1, len(metrics) // 20)
+    figure = Figure(figsize=(12, 3.75 * num_rows), layout="constrained")
+    figure.suptitle(f"{title}\nthin: each step, thick: mean over {mean_over}; dotted: a policy equal to the reference")
+    for axes, (name, keys) in zip(figure.subplots(num_rows, 2).flat, panels.items(), strict=True):
         for key, color in zip(keys, ("tab:blue", "tab:green", "tab:red"), strict=False):
-            values = np.array([row[key] for row in metrics])
+            rows, window = (evaluated, 1) if key.startswith("eval/") else (metrics, mean_over)
+            steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
             axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, color=color, linewidth=2, label=key)
+            for row_key in (row_key for row_key in rows[-1] if row_key.startswith(f"{key}/")):  # bands
+                axes.plot(steps, [row[row_key] for row in rows], color=color, linewidth=0.6, alpha=0.6)
+                axes.annotate(row_key.split("/")[-1], (steps[-1], rows[-1][row_key]), fontsize=7, color=color)
             if key in untrained:
                 axes.axhline(untrained[key], color="gray", linestyle=":")
         axes.set(title=name, xlabel="step")
@@ -1612,7 +1697,10 @@ def write_results(folder: Path, record: dict[str, Any], pictures: dict[str, str]
     """
     metrics, options = read_metrics(folder / METRICS_FILE), record["options"]
     rows = [row for row in metrics if all(map(math.isfinite, row.values()))][-20:]
-    means = {name: float(np.mean([row[name] for row in rows])) for name in (rows[0] if rows else ()) if name != "step"}
+    names = [name for name in (rows[0] if rows else ()) if name != "step" and not name.startswith("eval/")]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    last = next((row for row in reversed(metrics) if "eval/margins" in row), {})
+    means |= {name: value for name, value in last.items() if name.startswith("eval/") and name.count("/") == 1}
     means |= {"bad_steps": metrics[-1]["bad_steps"]} if metrics else {}  # a count
     record = {**record, "metrics": means, "versions": versions()}
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -71,6 +71,7 @@ from diffusers.utils import check_min_version, is_bitsandbytes_available, is_xfo
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from inversion_utils import (
+    BEST_DIR,
     KOHYA_FILE,
     LORA_FILE,
     LORA_TARGETS,
@@ -79,6 +80,7 @@ from inversion_utils import (
     PREDICTION_TYPES,
     VALIDATION_DIR,
     Checkpoint,
+    HeldOut,
     PreferenceDataset,
     RunningMeans,
     StopSignal,
@@ -120,6 +122,7 @@ from inversion_utils import (
     preference_loss,
     push_to_hub,
     read_lora,
+    read_metrics,
     reference_policy,
     register_lora_checkpointing,
     sample_timesteps,
@@ -138,6 +141,7 @@ logger = get_logger(__name__)
 PIPELINE, LORA_LOADER = "StableDiffusionXLPipeline", StableDiffusionXLLoraLoaderMixin
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
 MAX_BAD_STEPS = 20  # in a row, before the run ends
+NUM_BANDS = 5  # of timesteps, in which held-out pairs are watched
 NOT_FINITE = "its targets are not finite: the VAE overflows"
 
 
@@ -248,6 +252,9 @@ def parse_args(argv=None):
     add("--validation_steps", type=count, default=100, help="steps between validations; fewer take more time")
     add("--validation_lora_scales", type=number(float, least=0), nargs="+", default=[0.0, 1.0],
         help="columns of the pictures; 0 is the base model, and a lower scale keeps more of it")
+    add("--num_eval_pairs", type=natural, default=0, help="pairs kept out of training, to watch the policy on")
+    add("--eval_steps", type=count, default=100, help="steps between looks at these; fewer take more time")
+    add("--save_best", **flag, help="keep the LoRA with their best margin in best/")
     add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and take time")
     add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
     add("--validation_guidance_scale", type=number(float, least=0), default=5.0,
@@ -301,6 +308,8 @@ def check_args(args, error):
         error(f"--inversion_steps is {args.inversion_steps}; allowed: {timesteps_per_pair(args)} timesteps and more")
     if args.inversion_model == "policy" and (args.inversion_cache_dir or args.objective == "diffusion_dpo"):
         error("--inversion_model policy goes with an objective that inverts, and without --inversion_cache_dir")
+    if args.save_best and not args.num_eval_pairs:
+        error("--save_best needs --num_eval_pairs")
     if args.reference == "init" and not args.lora_init:
         error("--reference init needs --lora_init")
     if args.lora_init and (args.rank, args.lora_alpha, args.lora_target_modules) != (16, None, list(LORA_TARGETS)):
@@ -568,6 +577,22 @@ def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note
     return bool(accelerator.reduce(torch.tensor(float(stop.received), device=accelerator.device)) > 0)
 
 
+def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, note):
+    """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band."""
+    last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
+    places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
+    items = [((5, place), place) for place in places]
+    batches = [items[i : i + args.train_batch_size] for i in range(0, len(items), args.train_batch_size)]
+    dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
+    for batch in load(dataset, batch_sampler=batches):
+        note(batch["skipped"])
+        batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
+        targets.append(send_to_device(find_targets(batch), "cpu"))
+    edges = [training_timesteps[[m * last // num_bands, (m + 1) * last // num_bands - 1]] for m in range(num_bands)]
+    bands = [f"{int(first)}-{int(end)}" for first, end in edges]
+    return HeldOut(targets, bands, args.beta_dpo, read_metrics(Path(args.output_dir) / METRICS_FILE))
+
+
 def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
     """Returns the policy, which is the U-Net wrapped, the optimizer and the learning rate's schedule, resumed or new.
 
@@ -642,6 +667,7 @@ def main(argv=None):
         lora_hash = hash_tensors(lora_init) if lora_init else None
         training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
+        eval_pairs = pairs.hold_out(args.num_eval_pairs)
         changed = check_resumed_run(checkpoint, options, len(pairs), lora_hash) if checkpoint else ""
         train_dataset = PreferenceDataset(
             pairs, args.resolution, num_targets, args.seed,
@@ -676,7 +702,7 @@ def main(argv=None):
             visits = itertools.islice(batches(batch_size=1, visit=first, num_draws=args.cached_draws), end - first)
             draws = list(dict.fromkeys(key[1:] for ((key, _),) in visits))
             missing = cache.missing(draws[rank::num_processes], warn)
-        has_encoders = not cache or bool(missing or args.validation_prompts)
+        has_encoders = not cache or bool(missing or args.validation_prompts or args.num_eval_pairs)
         text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
         tokenizers, base = load_tokenizers(args), load_unet(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
@@ -699,7 +725,9 @@ def main(argv=None):
 
     # The parts of a step
     prediction_type, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
-    chunks = [slice(m, m + args.trajectory_chunk) for m in range(0, num_targets, args.trajectory_chunk)]
+
+    def chunks_of(count):
+        return [slice(m, m + args.trajectory_chunk) for m in range(0, count, args.trajectory_chunk)]
 
     def predict(model, x_t, timesteps, cond):
         with accelerator.autocast():
@@ -711,6 +739,11 @@ def main(argv=None):
         cond = {name: value.repeat(len(x_t), *[1] * (value.ndim - 1)) for name, value in targets.cond.items()}
         predicted = predict(model, x_t.flatten(0, 1), timesteps.flatten(), cond).view_as(x_t)
         return prediction_error(predicted, noise).where(targets.usable, 0.0)
+
+    @torch.no_grad()
+    def all_errors(model, targets):
+        x_t = add_noise(targets.latents, targets.noise, targets.timesteps, alphas_cumprod)
+        return torch.cat([errors(model, x_t, targets, chunk) for chunk in chunks_of(len(x_t))])
 
     @torch.no_grad()
     def find_targets(batch):
@@ -726,12 +759,13 @@ def main(argv=None):
 
         # 2  Invert, by default with the reference; the baseline takes forward noise instead
         if args.objective == "diffusion_dpo":
-            noise = to_device(forward_noise(batch["keys"], args.seed, (num_targets, *latents.shape[1:])), device)
+            noise = to_device(forward_noise(batch["keys"], args.seed, (len(index), *latents.shape[1:])), device)
         else:
+            steps = inversion_steps(args) + len(index) - num_targets  # held-out pairs have other numbers of targets
             by_reference = args.inversion_model == "reference"
             with reference_policy(base) if by_reference else contextlib.nullcontext():
                 trajectory = invert(
-                    partial(predict, base, cond=cond), latents, timesteps, alphas_cumprod, inversion_steps(args),
+                    partial(predict, base, cond=cond), latents, timesteps, alphas_cumprod, steps,
                     predict_at_targets=by_reference,
                 )  # fmt: skip
             noise, reference_noise = trajectory.noise, trajectory.predicted
@@ -742,9 +776,8 @@ def main(argv=None):
         if reference_noise is not None:
             reference_error = prediction_error(reference_noise, noise).where(usable, 0.0)
         else:
-            x_t = add_noise(latents, noise, targets.timesteps, alphas_cumprod)
             with reference_policy(base):
-                reference_error = torch.cat([errors(base, x_t, targets, chunk) for chunk in chunks])
+                reference_error = all_errors(base, targets)
         return targets._replace(reference_error=reference_error)
 
     # Data, and the cache before the loop
@@ -765,6 +798,12 @@ def main(argv=None):
             leave(accelerator)
             sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
         load_data = partial(load, cache, collate_fn=collate_targets)
+    if accelerator.is_main_process:
+        cut_metrics(output_dir / METRICS_FILE, step)
+    held_out = None
+    if args.num_eval_pairs:
+        load_eval = partial(load, collate_fn=partial(collate, tokenizers=tokenizers))
+        held_out = hold_out(args, accelerator, eval_pairs, training_timesteps, load_eval, find_targets, note)
     dataloader = load_data(
         batch_sampler=batches(
             args.train_batch_size,
@@ -785,8 +824,6 @@ def main(argv=None):
     validation = make_validation(args, accelerator, pipeline_config, tokenizers, text_encoders, vae, base)
     if cache and not validation:
         text_encoders = vae = None
-    if accelerator.is_main_process:
-        cut_metrics(output_dir / METRICS_FILE, step)
     logger.info(
         f"Pairs: {len(pairs)}; ties in the data: {pairs.num_ties}; rows without a usable label: {pairs.num_unusable}; "
         f"steps: {max_train_steps} of {visits_per_step} pairs; {args.objective}; timesteps per pair: {num_targets}, "
@@ -819,7 +856,7 @@ def main(argv=None):
                 return loss.mean()
 
             backward_in_chunks(
-                [partial(errors, policy, x_t, targets, chunk) for chunk in chunks],
+                [partial(errors, policy, x_t, targets, chunk) for chunk in chunks_of(num_targets)],
                 loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
             )  # fmt: skip
             if not accelerator.sync_gradients:
@@ -847,6 +884,12 @@ def main(argv=None):
             flags = [(row, ok) for rows, usable in usable_rows for row, ok in zip(rows, usable.tolist(), strict=False)]
             note((row, NOT_FINITE) for row, ok in flags if not ok)
         usable_rows.clear()
+        if held_out and (step % args.eval_steps == 0 or step == max_train_steps):
+            logs |= held_out.measure(accelerator, partial(all_errors, base))
+            if line := held_out.note(logs, step):
+                logger.warning(line)
+            if args.save_best and held_out.is_best(logs) and accelerator.is_main_process:
+                write_lora(output_dir / BEST_DIR / LORA_FILE, lora_weights(base))
         accelerator.log(logs, step=step)
         if accelerator.is_main_process:
             add_metrics(output_dir / METRICS_FILE, step, logs)

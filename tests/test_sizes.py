@@ -26,15 +26,16 @@ def test_the_helper_can_be_read_in_one_sitting():
     """It had 3,183 lines when each form of data, cache and report had code of its own: what is a tool's belongs into
     examples/, and what a library does is left to it. Raise the limit only for what every run needs. It was 1,400
     before a LoRA could be read in other formats, continued, and written with kohya's names, and before --config; and
-    1,650 before two runs could not share a folder, and a damaged checkpoint or model was refused."""
-    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1750
+    1,650 before two runs could not share a folder, a damaged checkpoint or model was refused, and pairs held out."""
+    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1850
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_main_is_a_table_of_contents(script):
-    """It had 493 lines, 77 ifs and 13 closures. What sets up a part belongs into a function with a name."""
+    """It had 493 lines, 77 ifs and 13 closures. What sets up a part belongs into a function with a name. The limit was
+    300 before held-out pairs were watched in the loop."""
     main = main_of(script)
-    assert main.end_lineno - main.lineno + 1 <= 300
+    assert main.end_lineno - main.lineno + 1 <= 315
     assert depth(main) <= 4
 
 
@@ -49,4 +50,4 @@ def test_help_is_short_and_prints_nothing_else():
     for run in runs:
         output, errors = run.communicate(timeout=120)
         assert (run.returncode, errors) == (0, "") and output.startswith("usage: ")
-        assert sum(line.startswith("  --") for line in output.splitlines()) <= 85  # options
+        assert sum(line.startswith("  --") for line in output.splitlines()) <= 88  # options

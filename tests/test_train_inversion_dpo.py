@@ -307,6 +307,7 @@ def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_mo
     """
     method = {"trajectory_chunk": 3, "max_train_steps": 3, "max_train_samples": 7, "lr_scheduler": "linear", **LINEAR}
     method |= {"lora_init": train("init", **LINEAR), "reference": "init", "rank": None}
+    method |= {"num_eval_pairs": 1, "eval_steps": 3}
     one = train("one", train_batch_size=8, **method)
     for name in ("train_inversion_dpo.py", "inversion_utils.py"):
         shutil.copy(ROOT / name, tmp_path)
@@ -325,6 +326,8 @@ def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_mo
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((two / "training_config.json").read_text())["pairs_per_step"] == 8 and "margin=" in done.stderr
     assert_same(lora(two), lora(one), atol=2e-6)
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["eval/margins"] for run in (one, two)]
+    assert last[0] == pytest.approx(last[1], rel=1e-4) != 0
     for name in ("loss", "rewards/margins", "policy_error", "grad_norm", "lr"):  # means over the processes
         assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4, abs=1e-4), name
     names = {"README.md", "checkpoint-2", "checkpoint-3", "logs", LORA_FILE, "metrics.jsonl", "report.png"}

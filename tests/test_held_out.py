@@ -1,0 +1,163 @@
+"""--num_eval_pairs: pairs kept out of training, on which the policy is watched."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import assert_same, logged, lora, pair_rows, write_parquet
+from PIL import Image
+
+from inversion_utils import (
+    BEST_DIR,
+    LORA_FILE,
+    METRICS_FILE,
+    WINNER_LIMIT,
+    HeldOut,
+    Targets,
+    plot_report,
+    read_metrics,
+)
+
+QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3}
+EVAL = {"num_eval_pairs": 3, "eval_steps": 2, "max_train_steps": 4}
+
+
+def evaluated(output_dir):
+    return [row for row in read_metrics(output_dir / METRICS_FILE) if "eval/margins" in row]
+
+
+@pytest.fixture
+def held_out_rows(script, monkeypatch):
+    """The rows that training and watching see, in two sets."""
+    seen = {"train": set(), "eval": set()}
+    collate = script.collate
+
+    def watched(examples, tokenizers):
+        for example in examples:
+            seen["eval" if example["key"][0] == 5 else "train"].add(example["row"])
+        return collate(examples, tokenizers)
+
+    monkeypatch.setattr(script, "collate", watched)
+    return seen
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("objective", ["inpo", "inversion_dpo", "diffusion_dpo"])
+def test_held_out_pairs_are_watched_and_not_trained_on(
+    train, held_out_rows, without_report, tmp_path, objective, cache
+):
+    """At five timesteps each, whatever the objective; every metric starts at the reference and moves."""
+    options = {"objective": objective, "learning_rate": 1e-3, **EVAL, "max_train_steps": 6}
+    if cache:
+        options["inversion_cache_dir"] = tmp_path / "cache"
+    output_dir = train(**options)
+    assert len(held_out_rows["eval"]) == 3 and len(held_out_rows["train"]) == 5
+    assert not held_out_rows["eval"] & held_out_rows["train"]
+    rows = evaluated(output_dir)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    bands = ["0-199", "200-399", "400-599", "600-799", "800-999"]
+    for row in rows:
+        names = {"margins", "accuracies", "winner_error", "loser_error"}
+        names |= {f"{side}_error/{band}" for side in ("winner", "loser") for band in bands}
+        assert {f"eval/{name}" for name in names} == {name for name in row if name.startswith("eval/")}
+    assert rows[0]["eval/margins"] != 0 and abs(rows[0]["eval/winner_error"]) < 0.5
+    assert json.loads((output_dir / "training_config.json").read_text())["metrics"]["eval/margins"] == pytest.approx(
+        rows[-1]["eval/margins"]
+    )
+
+
+def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train, without_report, tmp_path):
+    rows = pair_rows(8)
+    rest = np.sort(np.random.default_rng(0).permutation(8)[3:])
+    plain = train(
+        "plain", train_data_dir=write_parquet([rows[i] for i in rest], tmp_path / "rest"), max_train_steps=4, **QUICK
+    )
+    data = write_parquet(rows, tmp_path / "all")
+    watched = train("watched", train_data_dir=data, **QUICK, **EVAL)
+    assert_same(lora(watched), lora(plain))
+    parts = train("parts", train_data_dir=data, train_batch_size=1, gradient_accumulation_steps=2, **QUICK, **EVAL)
+    for one, other in zip(evaluated(watched), evaluated(parts), strict=True):
+        for name in (name for name in one if name.startswith("eval/")):
+            assert one[name] == pytest.approx(other[name], abs=1e-4), name
+
+
+def test_a_resumed_run_measures_the_same(train, without_report):
+    options = {**QUICK, **EVAL, "save_best": True, "checkpointing_steps": 1}
+    whole = train("whole", **options)
+    train("broken", **{**options, "max_train_steps": 3})
+    broken = train("broken", **options, resume_from_checkpoint="latest")
+    assert_same(lora(broken), lora(whole))
+    assert evaluated(broken)[-1] == evaluated(whole)[-1]
+
+
+def targets_of(reference_error):
+    """Targets of M timesteps and B pairs with these reference errors (M, 2B)."""
+    n = reference_error.shape[1]
+    return Targets(
+        torch.zeros(n, 1, 1, 1), torch.zeros_like(reference_error).long(), None, reference_error,
+        torch.ones(n, dtype=torch.bool), torch.ones(n // 2), torch.zeros(n // 2, dtype=torch.bool), {},
+    )  # fmt: skip
+
+
+def test_the_metrics_worked_by_hand():
+    """Two bands, two pairs in two batches: winners at 1 and 2, losers at 4, by the reference."""
+    held_out = HeldOut([targets_of(torch.tensor([[1.0, 4.0], [2.0, 4.0]]))] * 2, ["low", "high"], 10.0, [])
+    policy = iter([torch.tensor([[0.5, 4.0], [2.0, 5.0]]), torch.tensor([[1.5, 4.0], [2.0, 4.0]])])
+    logs = held_out.measure(Accelerator(cpu=True), lambda targets: next(policy))
+    margins = 5 * torch.tensor([0.5, 1.0, -0.5, 0.0])
+    assert logs["eval/margins"] == pytest.approx(margins.mean().item())
+    assert logs["eval/accuracies"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert logs["eval/winner_error"] == pytest.approx((0.5 + 1.5 + 2 + 2) / 6 - 1)
+    assert logs["eval/loser_error"] == pytest.approx(17 / 16 - 1)
+    assert logs["eval/winner_error/low"] == pytest.approx(0) and logs["eval/loser_error/high"] == pytest.approx(1 / 8)
+
+
+def logs_of(margin, winner, loser=0.1):
+    return {"eval/margins": margin, "eval/winner_error": winner, "eval/loser_error": loser}
+
+
+def test_decay_and_standing_still_are_named_once():
+    held_out = HeldOut([], [], 1.0, [])
+    assert held_out.note(logs_of(1.0, WINNER_LIMIT / 2), 10) == held_out.note(logs_of(1.0, 0.5, -0.1), 15) == ""
+    line = held_out.note(logs_of(1.0, 0.5), 20)
+    assert line.startswith("step 20: ") and "+50.0%" in line and "--beta_dpo" in line
+    assert held_out.note(logs_of(1.0, 0.6), 30) == ""
+    assert "has not moved" in HeldOut([], [], 1.0, []).note(logs_of(0.0, 1e-6, -1e-6), 10)
+
+
+def test_the_best_is_the_largest_margin_within_the_limit_also_after_a_restart():
+    before = [{"loss": 1.0}, logs_of(0.5, 0.0), logs_of(2.0, 2 * WINNER_LIMIT)]
+    held_out = HeldOut([], [], 1.0, before)
+    assert held_out.best == 0.5
+    assert not held_out.is_best(logs_of(0.4, 0.0)) and not held_out.is_best(logs_of(3.0, 2 * WINNER_LIMIT))
+    assert held_out.is_best(logs_of(0.6, WINNER_LIMIT)) and not held_out.is_best(logs_of(0.6, 0.0))
+    assert not held_out.is_best(logs_of(float("nan"), 0.0)) and not held_out.is_best({"loss": 1.0})
+
+
+def test_save_best_keeps_the_lora_of_that_step(train, script, without_report, monkeypatch):
+    """Here of step 2, whatever the checkpoints' limit; the folder is refused like other results."""
+    values = iter([logs_of(1.0, 0.0), logs_of(0.5, 0.0)])
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: next(values))
+    options = {**QUICK, **EVAL, "save_best": True, "checkpointing_steps": 1}
+    output_dir = train(**options, checkpoints_total_limit=1)
+    monkeypatch.undo()
+    expected = train("short", **QUICK, num_eval_pairs=3, max_train_steps=2)
+    assert_same(lora(output_dir / BEST_DIR), lora(expected))
+    assert [path.name for path in (output_dir / BEST_DIR).iterdir()] == [LORA_FILE]
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_the_report_shows_held_out_pairs(train, tmp_path):
+    output_dir = train(**QUICK, **EVAL)
+    width, height = Image.open(output_dir / "report.png").size
+    plot_report([{k: v for k, v in row.items() if not k.startswith("eval/")} for row in read_metrics(
+        output_dir / METRICS_FILE)], tmp_path / "without.png", "x", "sigmoid")  # fmt: skip
+    assert Image.open(tmp_path / "without.png").size == (width, height * 2 // 3)
+    assert len(logged(output_dir, "loss")) == 4
+
+
+@pytest.mark.parametrize("options", [{"num_eval_pairs": 8}, {"num_eval_pairs": -1}, {"save_best": True}])
+def test_what_is_refused(refused, no_models, options):
+    assert f"--{next(iter(options))}" in refused(**options)
