@@ -1719,9 +1719,12 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], repo_id: str | 
 
     options, base = record["options"], record["options"]["pretrained_model_name_or_path"]
     dataset = options["dataset_name"] or options["train_data_dir"]
+    init = options["lora_init"]
     names = {
-        name: f"the local folder `{Path(name).name}`" if Path(name).exists() else name for name in (base, dataset)
+        name: f"the local folder `{Path(name).name}`" if Path(name).exists() else name
+        for name in (base, dataset, init or "")
     }
+    began = f"Training began with the LoRA {names[init]}, reference policy: {options['reference']}. " if init else ""
     metadata = ModelCardData(
         base_model=base if names[base] == base else None,
         datasets=[dataset] if names[dataset] == dataset and "/" in dataset else None,
@@ -1745,7 +1748,7 @@ def model_card(record: dict[str, Any], pictures: dict[str, str], repo_id: str | 
 A LoRA for {names[base]}, aligned with preference pairs (a better and a worse image for the same caption) by
 inversion-based DPO ([arXiv 2507.11554](https://arxiv.org/abs/2507.11554),
 [arXiv 2503.18454](https://arxiv.org/abs/2503.18454)), objective `{options["objective"]}`. The base model's licence
-applies. {f"The same prompts and seeds, from left to right: {columns}." if pictures else ""}
+applies. {began}{f"The same prompts and seeds, from left to right: {columns}." if pictures else ""}
 
 {newline.join(gallery)}
 ```python

@@ -132,7 +132,7 @@ RECORD = {
     "options": {
         "pretrained_model_name_or_path": "somebody/model", "dataset_name": "somebody/pairs", "train_data_dir": None,
         "objective": "inpo", "output_dir": "out", "resolution": 512, "validation_lora_scales": [0.0, 0.7],
-        "output_kohya_format": True,
+        "output_kohya_format": True, "lora_init": "somebody/lora", "reference": "init",
     },
 }  # fmt: skip
 
