@@ -29,7 +29,7 @@ from pair_files import PairWriter, check_output_dir
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pair_sources import PairColumns, label_key, open_rows, read_image, to_readable, value_at
+from pair_sources import PairColumns, is_outside, label_key, open_rows, read_image, to_readable, value_at
 
 from inversion_utils import BadRow, number, one_line
 
@@ -66,6 +66,8 @@ def parse_args(argv=None):
     add("--train_data_dir", type=path, help="instead of a name: a folder of parquet or arrow files, of save_to_disk, "
         "of JSONL or CSV with image paths, an image folder with metadata, folders of equal file names; or one file")
     add("--image_root", type=path, help="folder that relative image paths belong to, if not that of the data file")
+    add("--allow_outside_images", action="store_true",
+        help="also read images at addresses, and in files outside of the data's folder or --image_root")
     add("--cache_dir", type=path, help="folder for files of the Hub")
     add("--streaming", action="store_true", help="read a data set of the Hub without storing it on the disk")
     add = parser.add_argument_group("which columns are the pair; prompt.text is a nested field").add_argument
@@ -171,7 +173,7 @@ class Report:
 
     def __init__(self, max_bad_fraction):
         self.max_bad_fraction, self.num_rows, self.num_ties, self.num_bad = max_bad_fraction, 0, 0, 0
-        self.reasons, self.first, self.last = Counter(), None, None
+        self.reasons, self.first, self.last, self.num_outside = Counter(), None, None, 0
 
     def leave_out(self, row, problem):
         if row is self.last:  # several pairs of a row count once
@@ -194,8 +196,13 @@ class Report:
         return f"{counts}; the first is {self.first}" if counts else "none is unusable"
 
 
-def open_image(image, image_root, args):
+def open_image(image, image_root, args, report):
     """Returns the bytes of an image file that training can read; raises BadRow if there are none."""
+    if is_outside(image, image_root):
+        if not args.allow_outside_images:
+            place = image.get("path") if isinstance(image, dict) else image
+            raise BadRow(f"an image outside of the data's folder (--allow_outside_images): {one_line(place)}")
+        report.num_outside += 1
     data, (width, height) = to_readable(read_image(image, image_root), args.max_side)
     if min(width, height) < args.min_image_size:
         raise BadRow(f"image below --min_image_size: {width} x {height} pixels")
@@ -217,7 +224,7 @@ def pairs_of(row, args, columns, report):
         for place in (choice.winner, choice.loser):
             if place not in opened:
                 try:
-                    opened[place] = open_image(images[place], row.image_root, args)
+                    opened[place] = open_image(images[place], row.image_root, args, report)
                 except BadRow as problem:
                     report.leave_out(row, problem)
                     opened[place] = None
@@ -277,6 +284,8 @@ def main(argv=None):
     print(f"rows left out    {report.num_bad}")
     for reason, count in report.reasons.most_common():
         print(f"    {count:<12} {reason}")
+    if report.num_outside:
+        print(f"images outside   {report.num_outside} from addresses or outside of the data's folder")
     print(f"files            {len(files)} in {args.output_dir}, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
 
 

@@ -573,6 +573,21 @@ def read_image(value: Any, image_root: Path | str) -> bytes | Image.Image:
         raise BadRow(f"unreadable image: {one_line(error)}") from error
 
 
+def is_outside(value: Any, image_root: Path | str) -> bool:
+    """Whether an image, as `read_image` takes it, is at an address, or in a file that is not below `image_root`."""
+    if isinstance(value, dict):
+        value = None if value.get("bytes") else value.get("path")
+    if not isinstance(value, str) or value.startswith("data:"):
+        return False
+    if "://" in value[:4096]:
+        return True
+    path, root = Path(image_root, os.path.expanduser(value[:4096])), os.path.abspath(image_root)
+    try:
+        return path.exists() and not Path(os.path.abspath(path)).is_relative_to(root)
+    except (OSError, ValueError):  # base64, which is too long for a path
+        return False
+
+
 def _read_path_or_base64(value: str, image_root: Path | str) -> bytes:
     path = Path(image_root, os.path.expanduser(value[:4096]))
     exists = False

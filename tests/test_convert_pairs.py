@@ -778,7 +778,7 @@ def assert_left_out(convert, capsys, folder, image, *named):
     (folder / "b.png").write_bytes(png("worst"))
     (folder / "pairs.jsonl").write_text(lines(rows))
     started = time.monotonic()
-    output_dir = convert(folder, "--max_bad_fraction", 0.5)
+    output_dir = convert(folder, "--max_bad_fraction", 0.5, "--allow_outside_images")
     assert_winners(output_dir, EXPECTED[0])
     printed = capsys.readouterr().out
     assert "row 0: unreadable image: " in printed and all(str(name) in printed for name in named)
@@ -844,9 +844,34 @@ def test_addresses(server, convert, tmp_path, capsys):
     rows = [{"w": a, "l": f"{server}/l.png", "caption": str(i)} for i, a in enumerate(addresses)]
     rows.append({**rows[0], "w": f"{server}/nothing.png"})
     (tmp_path / "pairs.jsonl").write_text(lines(rows))
-    output_dir = convert(tmp_path / "pairs.jsonl", *BEST, "--max_bad_fraction", 0.2)
+    output_dir = convert(tmp_path / "pairs.jsonl", *BEST, "--max_bad_fraction", 0.2, "--allow_outside_images")
     assert_winners(output_dir, *[("best", "worst", str(i)) for i in range(len(addresses))])
-    assert "404" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "404" in printed and "images outside   15 " in printed  # a path below the folder is not among them
+
+
+@pytest.mark.parametrize("place", ["up", "absolute", "home", "file", "address", "typed"])
+def test_what_lies_outside_of_the_data_is_read_only_if_that_is_allowed(
+    place, server, convert, tmp_path, capsys, monkeypatch
+):
+    """The path of a stranger's row may name any file of this machine; the folder may be widened by --image_root."""
+    monkeypatch.setenv("HOME", str(tmp_path / "web"))
+    (tmp_path / "web" / "secret.png").write_bytes(png("best", 0))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "l.png").write_bytes(png("worst", 0))
+    image = {
+        "up": "../web/secret.png", "absolute": str(tmp_path / "web" / "secret.png"), "home": "~/secret.png",
+        "file": (tmp_path / "web" / "secret.png").as_uri(), "address": f"{server}/secret.png",
+        "typed": {"bytes": None, "path": "../web/secret.png"},
+    }[place]  # fmt: skip
+    rows = [{"w": image, "l": "l.png", "caption": "outside"}, {"w": "l.png", "l": "l.png", "caption": "same"}]
+    (tmp_path / "in" / "pairs.jsonl").write_text(lines(rows))
+    options = (tmp_path / "in" / "pairs.jsonl", *BEST, "--max_bad_fraction", 1)
+    with pytest.raises(SystemExit):
+        convert(*options)
+    assert "1 with an image outside of the data's folder (--allow_outside_images)" in capsys.readouterr().err
+    assert_winners(convert(*options, "--allow_outside_images"), ("best", "worst", "outside"))
+    assert "images outside   1 " in capsys.readouterr().out
 
 
 def test_addresses_have_limits(server, convert, tmp_path, capsys, monkeypatch):
