@@ -886,6 +886,12 @@ class TargetCache(torch.utils.data.Dataset):
         if not (self.folder / "settings.json").exists():
             write_whole(self.folder / "settings.json", text.encode())
 
+    def part(self, name: str) -> "TargetCache":
+        """Returns a cache of other pairs with the same settings, in a folder within this one's."""
+        part = copy.copy(self)
+        part.folder, part.unusable = self.folder / name, set()
+        return part
+
     def path(self, place: int, draw: int) -> Path:
         return self.folder / f"draw-{draw}" / f"{place}.safetensors"
 

@@ -550,17 +550,28 @@ def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note
     return bool(accelerator.reduce(torch.tensor(float(stop.received), device=accelerator.device)) > 0)
 
 
-def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, note):
+def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, note, cache):
     """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band."""
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
-    items = [((5, place), place) for place in places]
-    batches = [items[i : i + args.train_batch_size] for i in range(0, len(items), args.train_batch_size)]
     dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
-    for batch in load(dataset, batch_sampler=batches):
-        note(batch["skipped"])
+
+    def batches_of(places):
+        items = [((5, place, 0), place) for place in places]
+        return [items[i : i + args.train_batch_size] for i in range(0, len(items), args.train_batch_size)]
+
+    missing = [place for place, _ in cache.missing([(x, 0) for x in places], note)] if cache else places
+    for batch in load(dataset, batch_sampler=batches_of(missing)):
+        note_skipped(batch["skipped"], {}, note)
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
-        targets.append(send_to_device(find_targets(batch), "cpu"))
+        found = find_targets(batch)
+        if cache:
+            cache.unusable |= {batch["keys"][i][1:] for i in cache.save(batch["keys"], found)}
+        else:
+            targets.append(send_to_device(found, "cpu"))
+    if cache:
+        stored = load(cache, batch_sampler=batches_of(places), collate_fn=collate_targets)
+        targets = [batch["targets"] for batch in stored]
     edges = [training_timesteps[[m * last // num_bands, (m + 1) * last // num_bands - 1]] for m in range(num_bands)]
     bands = [f"{int(first)}-{int(end)}" for first, end in edges]
     return HeldOut(targets, bands, args.beta_dpo, read_metrics(Path(args.output_dir) / METRICS_FILE))
@@ -664,7 +675,7 @@ def main(argv=None):
     batches = partial(visit_batches, len(pairs), seed=args.seed)
 
     # Models; VAE and text encoders only if something is to be encoded
-    cache, missing = None, []
+    cache, eval_cache, missing, eval_missing = None, None, [], []
     try:
         if args.inversion_cache_dir:
             configs = (pipeline_config, noise_scheduler.config)
@@ -675,7 +686,9 @@ def main(argv=None):
             visits = itertools.islice(batches(batch_size=1, visit=first, num_draws=args.cached_draws), end - first)
             draws = list(dict.fromkeys(key[1:] for ((key, _),) in visits))
             missing = cache.missing(draws[rank::num_processes], warn)
-        has_encoders = not cache or bool(missing or args.validation_prompts or args.num_eval_pairs)
+            eval_cache = cache.part("held-out")
+            eval_missing = eval_cache.missing([(place, 0) for place in range(args.num_eval_pairs)], warn)
+        has_encoders = not cache or bool(missing or eval_missing or args.validation_prompts)
         text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
         tokenizers, base = load_tokenizers(args), load_unet(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
@@ -760,7 +773,8 @@ def main(argv=None):
         torch.utils.data.DataLoader, num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
     )  # fmt: skip
-    load_data = partial(load, train_dataset, collate_fn=partial(collate, tokenizers=tokenizers))
+    load_images = partial(load, collate_fn=partial(collate, tokenizers=tokenizers))
+    load_data = partial(load_images, train_dataset)
     if cache:
         is_stopping = fill_cache(
             accelerator, cache, missing, args.train_batch_size, load_data, find_targets, note, stop
@@ -773,10 +787,8 @@ def main(argv=None):
         load_data = partial(load, cache, collate_fn=collate_targets)
     if accelerator.is_main_process:
         cut_metrics(output_dir / METRICS_FILE, step)
-    held_out = None
-    if args.num_eval_pairs:
-        load_eval = partial(load, collate_fn=partial(collate, tokenizers=tokenizers))
-        held_out = hold_out(args, accelerator, eval_pairs, training_timesteps, load_eval, find_targets, note)
+    how = (training_timesteps, load_images, find_targets, warn, eval_cache)
+    held_out = hold_out(args, accelerator, eval_pairs, *how) if args.num_eval_pairs else None
     dataloader = load_data(
         batch_sampler=batches(
             args.train_batch_size,

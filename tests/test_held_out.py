@@ -83,6 +83,15 @@ def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train,
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
 
+def test_with_a_cache_nothing_is_loaded_or_found_again(train, script, without_report, tmp_path, monkeypatch):
+    options = {**QUICK, **EVAL, "inversion_cache_dir": tmp_path / "cache"}
+    first = train("first", **options)
+    monkeypatch.setattr(script, "load_encoders", lambda *_: pytest.fail("encoders were loaded"))
+    again = train("again", **options)
+    assert evaluated(again) == evaluated(first) and len(evaluated(first)) == 2
+    assert_same(lora(again), lora(first))
+
+
 def test_a_resumed_run_measures_the_same(train, without_report):
     options = {**QUICK, **EVAL, "save_best": True, "checkpointing_steps": 1}
     whole = train("whole", **options)
