@@ -1511,7 +1511,7 @@ class HeldOut:
         """Returns the metrics, over all processes, from the policy's `errors` (M, 2B) at targets.
 
         `eval/margins` and `eval/accuracies` as in training; `eval/winner_error` and `eval/loser_error`, by which share
-        the policy's error is larger than the reference's; and these two for each band.
+        the policy's error is larger than the reference's; and each of the four in each band.
         """
         from accelerate.utils import send_to_device
 
@@ -1525,14 +1525,13 @@ class HeldOut:
             parts = (*policy.chunk(2, 1), *reference.chunk(2, 1), margin, correct, torch.ones_like(margin))
             sums += torch.stack([part.sum(1) for part in parts])
         policy_w, policy_l, reference_w, reference_l, margin, correct, count = accelerator.reduce(sums).cpu()
-        logs = {
-            "eval/margins": margin.sum() / count.sum(),
-            "eval/accuracies": correct.sum() / count.sum(),
-            "eval/winner_error": policy_w.sum() / reference_w.sum() - 1,
-            "eval/loser_error": policy_l.sum() / reference_l.sum() - 1,
-        }
-        for name, ratio in (("winner", policy_w / reference_w), ("loser", policy_l / reference_l)):
-            logs |= {f"eval/{name}_error/{band}": x - 1 for band, x in zip(self.bands, ratio, strict=True)}
+        parts = {"margins": (margin, count), "accuracies": (correct, count)}
+        parts |= {"winner_error": (policy_w, reference_w), "loser_error": (policy_l, reference_l)}
+        logs = {}
+        for name, (value, of) in parts.items():
+            zero = 1 if name.endswith("_error") else 0
+            logs[f"eval/{name}"] = value.sum() / of.sum() - zero
+            logs |= {f"eval/{name}/{band}": x - zero for band, x in zip(self.bands, value / of, strict=True)}
         return {name: float(value) for name, value in logs.items()}
 
     def is_best(self, logs: dict[str, float]) -> bool:
@@ -1568,6 +1567,7 @@ def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, l
     evaluated = [row for row in metrics if "eval/margins" in row]
     if evaluated:
         errors = [f"eval/{name}_error" for name in ("winner", "loser")]
+        panels["implicit accuracy (says nothing about the images)"] += ["eval/accuracies"]
         panels |= {"held-out pairs: margin": ["eval/margins"], "held-out pairs: error above the reference's": errors}
     untrained_loss = preference_loss(torch.zeros(2), torch.zeros(2), 1.0, loss_type)[0].item()
     untrained = {"loss": untrained_loss, "rewards/accuracies": 0.5, "rewards/margins": 0.0}

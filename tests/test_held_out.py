@@ -60,7 +60,7 @@ def test_held_out_pairs_are_watched_and_not_trained_on(
     bands = ["0-199", "200-399", "400-599", "600-799", "800-999"]
     for row in rows:
         names = {"margins", "accuracies", "winner_error", "loser_error"}
-        names |= {f"{side}_error/{band}" for side in ("winner", "loser") for band in bands}
+        names |= {f"{name}/{band}" for name in names for band in bands}
         assert {f"eval/{name}" for name in names} == {name for name in row if name.startswith("eval/")}
     assert rows[0]["eval/margins"] != 0 and abs(rows[0]["eval/winner_error"]) < 0.5
     assert json.loads((output_dir / "training_config.json").read_text())["metrics"]["eval/margins"] == pytest.approx(
@@ -120,6 +120,8 @@ def test_the_metrics_worked_by_hand():
     assert logs["eval/accuracies"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     assert logs["eval/winner_error"] == pytest.approx((0.5 + 1.5 + 2 + 2) / 6 - 1)
     assert logs["eval/loser_error"] == pytest.approx(17 / 16 - 1)
+    assert logs["eval/margins/low"] == pytest.approx(0) and logs["eval/margins/high"] == pytest.approx(2.5)
+    assert (logs["eval/accuracies/low"], logs["eval/accuracies/high"]) == (0.5, 0.75)
     assert logs["eval/winner_error/low"] == pytest.approx(0) and logs["eval/loser_error/high"] == pytest.approx(1 / 8)
 
 
