@@ -478,12 +478,13 @@ class Pair(NamedTuple):
 
 
 def one_line(error: Exception) -> str:
-    """Returns the beginning of an error's message on one line, or its class if it has none.
+    """Returns the beginning of an error's message on one line, or its class if it has none."""
+    return printable(str(error))[:300] or type(error).__name__
 
-    Data may be quoted in it, so nothing is left of escape sequences but their letters.
-    """
-    text = "".join(character if character.isprintable() else " " for character in str(error))
-    return " ".join(text.split())[:300] or type(error).__name__
+
+def printable(text: str) -> str:
+    """Returns a text on one line, in which nothing is left of escape sequences, such as data may hold, but letters."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below=math.inf) -> Callable[[str], Any]:
@@ -847,7 +848,7 @@ def note_skipped(rows: Iterable[tuple[str, str]], skipped: dict[str, str], warn:
     """Adds (row, reason) to the rows skipped so far, and warns of the first ten."""
     for row, reason in rows:
         if row not in skipped and len(skipped) < 10:
-            warn(f"{row} is skipped: {reason}")
+            warn(printable(f"{row} is skipped: {reason}"))
         skipped.setdefault(row, reason)
 
 

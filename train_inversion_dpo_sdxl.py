@@ -120,6 +120,7 @@ from inversion_utils import (
     only_variant,
     prediction_error,
     preference_loss,
+    printable,
     push_to_hub,
     read_lora,
     read_metrics,
@@ -689,7 +690,7 @@ def main(argv=None):
         if args.push_to_hub and not args.precompute_only:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
     except (ValueError, RuntimeError) as problem:
-        error("; ".join([str(problem), *notes]))
+        error(printable("; ".join([str(problem), *notes])))
     accelerator, weight_dtype = start(args, error)
     warn = partial(logger.warning, main_process_only=False)  # of what this process met
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pair_sources import PairColumns, is_outside, label_key, open_rows, read_image, to_readable, value_at
 
-from inversion_utils import BadRow, number, one_line
+from inversion_utils import BadRow, number, one_line, printable
 
 
 def label_meaning(text):
@@ -181,7 +181,7 @@ class Report:
         self.num_bad, self.last, self.first = self.num_bad + 1, row, self.first or f"{row.name}: {problem}"
         self.reasons[str(problem).partition(": ")[0]] += 1
         if self.num_bad <= 10:
-            tqdm.write(f"left out: {row.name}: {problem}")
+            tqdm.write(printable(f"left out: {row.name}: {problem}"))
         self.check(3 * math.sqrt(self.max_bad_fraction * self.num_rows))  # the beginning may by chance have some more
 
     def check(self, tolerance=0):
@@ -272,7 +272,7 @@ def main(argv=None):
         columns.check(rows)
         num_pairs = convert(args, columns, rows, report)
     except ValueError as problem:
-        error(str(problem))
+        error(printable(str(problem)))
     except OSError as problem:  # what is read is a ValueError
         error(f"--output_dir {args.output_dir}: {one_line(problem)}")
     files = sorted(Path(args.output_dir).glob("*.parquet"))
@@ -283,7 +283,7 @@ def main(argv=None):
     print(f"pairs written    {num_pairs}, {ties}: {report.num_ties}")
     print(f"rows left out    {report.num_bad}")
     for reason, count in report.reasons.most_common():
-        print(f"    {count:<12} {reason}")
+        print(f"    {count:<12} {printable(reason)}")
     if report.num_outside:
         print(f"images outside   {report.num_outside} from addresses or outside of the data's folder")
     print(f"files            {len(files)} in {args.output_dir}, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")

@@ -123,7 +123,7 @@ def soak_memory(folder, steps):
         if line and metrics.exists():
             sizes.append((metrics.read_text().count("\n"), int(line.split()[1]) / 1024))
     assert run.returncode == 0
-    late = [(step, size) for step, size in sizes if step > steps / 5]
+    late = [(step, size) for step, size in sizes if steps / 5 < step < steps]  # at the end, the report is plotted
     growth = (late[-1][1] - late[0][1]) / (late[-1][0] - late[0][0]) * 1000
     print(f"{steps} steps: {late[0][1]:.0f} MiB at step {late[0][0]}, {late[-1][1]:.0f} MiB at step {late[-1][0]}: "
           f"{growth:+.2f} MiB for 1,000 steps")  # fmt: skip
