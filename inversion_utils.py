@@ -1520,9 +1520,8 @@ class HeldOut:
         for targets in self.batches:
             targets = send_to_device(targets, accelerator.device)
             policy, reference = errors(targets), targets.reference_error
-            winner_ratio, loser_ratio = (reference - policy).chunk(2, dim=1)
-            margin = self.beta / 2 * (winner_ratio - loser_ratio)
-            correct = (margin > 0) + 0.5 * (margin == 0)
+            _, metrics = preference_loss(policy, reference, self.beta)
+            margin, correct = metrics["rewards/margins"], metrics["rewards/accuracies"]
             parts = (*policy.chunk(2, 1), *reference.chunk(2, 1), margin, correct, torch.ones_like(margin))
             sums += torch.stack([part.sum(1) for part in parts])
         policy_w, policy_l, reference_w, reference_l, margin, correct, count = accelerator.reduce(sums).cpu()

@@ -534,10 +534,13 @@ def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs, lora
     return TargetCache(args.inversion_cache_dir, settings)
 
 
+def batches_of(items, batch_size):
+    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+
 def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note, stop):
     """Computes the targets that this process's share of the cache lacks; returns whether a signal came first."""
-    items = [((3, place, draw), place) for place, draw in missing]
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    batches = batches_of([((3, place, draw), place) for place, draw in missing], batch_size)
     is_hidden = not batches or not accelerator.is_local_main_process
     for batch in tqdm(load(batch_sampler=batches), total=len(batches), desc="Caching", disable=is_hidden):
         not_finite = cache.save(batch["keys"], find_targets(batch))
@@ -556,13 +559,9 @@ def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, n
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
-
-    def batches_of(places):
-        items = [((5, place, 0), place) for place in places]
-        return [items[i : i + args.train_batch_size] for i in range(0, len(items), args.train_batch_size)]
-
     missing = [place for place, _ in cache.missing([(x, 0) for x in places], note)] if cache else places
-    for batch in load(dataset, batch_sampler=batches_of(missing)):
+    batches = batches_of([((5, place, 0), place) for place in missing], args.train_batch_size)
+    for batch in load(dataset, batch_sampler=batches):
         note_skipped(batch["skipped"], {}, note)
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
@@ -571,8 +570,8 @@ def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, n
         else:
             targets.append(send_to_device(found, "cpu"))
     if cache:
-        stored = load(cache, batch_sampler=batches_of(places), collate_fn=collate_targets)
-        targets = [batch["targets"] for batch in stored]
+        batches = batches_of([((5, place, 0), place) for place in places], args.train_batch_size)
+        targets = [batch["targets"] for batch in load(cache, batch_sampler=batches, collate_fn=collate_targets)]
     edges = [training_timesteps[[m * last // num_bands, (m + 1) * last // num_bands - 1]] for m in range(num_bands)]
     bands = [f"{int(first)}-{int(end)}" for first, end in edges]
     return HeldOut(targets, bands, args.beta_dpo, read_metrics(Path(args.output_dir) / METRICS_FILE))
