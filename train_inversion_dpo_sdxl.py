@@ -801,21 +801,22 @@ def main(argv=None):
         worker_init_fn=leave_signals_to_the_main_process,
     )  # fmt: skip
     load_images = partial(load, collate_fn=partial(collate, tokenizers=tokenizers))
-    load_data = partial(load_images, train_dataset)
+    load_data, is_stopping, held_out = partial(load_images, train_dataset), False, None
     if cache:
         is_stopping = fill_cache(
             accelerator, cache, missing, args.train_batch_size, load_data, find_targets, note, stop
         )
         logger.info(f"The cache {cache.folder} {'is not filled yet' if is_stopping else 'holds what this run reads'}")
-        if is_stopping or args.precompute_only:
-            stop.restore()
-            leave(accelerator)
-            sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
         load_data = partial(load, cache, collate_fn=collate_targets)
     if accelerator.is_main_process:
         cut_metrics(output_dir / METRICS_FILE, step)
-    how = (training_timesteps, load_images, find_targets, warn, eval_cache)
-    held_out = hold_out(args, accelerator, eval_pairs, *how) if args.num_eval_pairs else None
+    if args.num_eval_pairs and not is_stopping:
+        how = (training_timesteps, load_images, find_targets, warn, eval_cache)
+        held_out = hold_out(args, accelerator, eval_pairs, *how)
+    if is_stopping or args.precompute_only:
+        stop.restore()
+        leave(accelerator)
+        sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
     dataloader = load_data(
         batch_sampler=batches(
             args.train_batch_size,

@@ -83,13 +83,22 @@ def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train,
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
 
-def test_with_a_cache_nothing_is_loaded_or_found_again(train, script, without_report, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_precomputed", [False, True])
+def test_with_a_cache_nothing_is_loaded_or_found_again(
+    train, script, without_report, tmp_path, monkeypatch, is_precomputed
+):
     options = {**QUICK, **EVAL, "inversion_cache_dir": tmp_path / "cache"}
-    first = train("first", **options)
+    if is_precomputed:
+        expected = train("other", **{**options, "inversion_cache_dir": tmp_path / "another cache"})
+        with pytest.raises(SystemExit) as end:
+            train("precomputed", precompute_only=True, **options)
+        assert end.value.code == 0
+    else:
+        expected = train("first", **options)
     monkeypatch.setattr(script, "load_encoders", lambda *_: pytest.fail("encoders were loaded"))
     again = train("again", **options)
-    assert evaluated(again) == evaluated(first) and len(evaluated(first)) == 2
-    assert_same(lora(again), lora(first))
+    assert evaluated(again) == evaluated(expected) and len(evaluated(expected)) == 2
+    assert_same(lora(again), lora(expected))
 
 
 def test_a_resumed_run_measures_the_same(train, without_report):
