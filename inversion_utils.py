@@ -1383,13 +1383,15 @@ def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs
 
     Raises ValueError if another run would come of it: other data, another objective or LoRA, the cache on or off.
     """
-    before = {**checkpoint.options, "num_pairs": checkpoint.num_pairs, "lora_init": checkpoint.lora_init}
-    now, names = {**options, "num_pairs": num_pairs, "lora_init": lora_init}, ("num_pairs", "objective", "reference")
-    for name in (*names, "lora_init", "rank", "lora_alpha", "lora_target_modules", "inversion_cache_dir"):
-        is_same = before[name] == now[name] or (name.endswith("_dir") and before[name] and now[name])
-        if not is_same:
-            raise ValueError(f"--resume_from_checkpoint: {name} is {now[name]}, but {checkpoint.folder} was made with "
-                             f"{before[name]}; a run must keep it")  # fmt: skip
+    count = "the number of pairs to train on"
+    before = {**checkpoint.options, count: checkpoint.num_pairs, "lora_init": checkpoint.lora_init}
+    now, names = {**options, count: num_pairs, "lora_init": lora_init}, ("max_train_samples", "num_eval_pairs", count)
+    names += ("objective", "reference", "lora_init", "rank", "lora_alpha", "lora_target_modules")
+    for name in (*names, "inversion_cache_dir"):
+        old, new = before.get(name, now[name]), now[name]  # an older version may lack an option
+        if old != new and not (name.endswith("_dir") and old and new):
+            raise ValueError(f"--resume_from_checkpoint: {name} is {new}, but {checkpoint.folder} was made with {old}; "
+                             "a run must keep it")  # fmt: skip
     names = [name for name in options if options[name] != checkpoint.options.get(name)]
     names = [name for name in names if name not in ("resume_from_checkpoint", "config", "lora_init")]
     return ", ".join(f"--{name} {options[name]} (it was {before.get(name)})" for name in names)

@@ -518,7 +518,8 @@ def start(args, error):
 def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs, lora_hash):
     """Returns the cache of the targets with this run's settings, the same in all processes."""
     names = ["resolution", "random_crop", "random_flip", "proportion_empty_prompts", "tie_policy", "seed"]
-    names += ["variant", "allow_tf32", "quantize_base", *(name for name in vars(args) if name.endswith("_column"))]
+    names += ["max_train_samples", "num_eval_pairs", "variant", "allow_tf32", "quantize_base"]
+    names += [name for name in vars(args) if name.endswith("_column")]
     settings = {
         "pipeline": PIPELINE,
         "model": fingerprints,

@@ -363,6 +363,12 @@ def test_what_determines_the_targets_has_a_folder_of_its_own(
     assert all(json.loads((folder / "settings.json").read_text()) for folder in Path("cache").iterdir())
 
 
+def test_pairs_of_equal_number_are_not_the_same_pairs(refused, no_weights, tmp_path):
+    for options in ({"max_train_samples": 6}, {"num_eval_pairs": 2}, {"num_eval_pairs": 1, "max_train_samples": 7}):
+        refused(inversion_cache_dir=tmp_path / "cache", **options)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
 def test_the_commit_stands_for_a_model_on_the_hub(refused, no_weights, tiny_model, tmp_path):
     """The cache of downloads is laid out as the Hub's client does; the configurations are all that has to be there."""
     for commit in ("a" * 40, "b" * 40):

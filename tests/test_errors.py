@@ -8,7 +8,7 @@ import pytest
 from conftest import ONE_THREAD, ROOT, assert_same, command_line, lora, pair_rows, write_json, write_parquet
 from datasets import ClassLabel, Dataset
 
-from inversion_utils import LORA_FILE
+from inversion_utils import LORA_FILE, check_resumed_run, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
@@ -185,11 +185,18 @@ def test_what_may_not_be_resumed(train, refused, tmp_path, caplog):
     assert f"--output_dir {output_dir}" in refused()
     others = {"rank": 8, "objective": "inpo", "lora_target_modules": ["to_q"], "lora_alpha": 1}
     others["inversion_cache_dir"] = tmp_path / "cache"
+    others |= {"max_train_samples": 7, "num_eval_pairs": 1}
     others["train_data_dir"] = write_parquet(pair_rows(7), tmp_path / "fewer")
     for name, value in others.items():
         message = refused(**{name: value}, **resume)
         assert "--resume_from_checkpoint" in message and (name == "train_data_dir" or name in message)
     assert_same(before, lora(output_dir))
+    held = train("held", max_train_samples=7, max_train_steps=1)
+    assert "max_train_samples is None" in refused(output="held", num_eval_pairs=1, **resume)  # of 8: also 7 to train on
+    checkpoint = find_checkpoint(held, "latest", pytest.fail)
+    options = dict(checkpoint.options)
+    del checkpoint.options["num_eval_pairs"], checkpoint.options["rank"]  # of an older version, which lacked them
+    check_resumed_run(checkpoint, options, 7, None)
     train(seed=1, **resume)
     assert any("--seed 1" in record.getMessage() for record in caplog.records if record.levelname == "WARNING")
 
