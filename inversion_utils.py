@@ -644,7 +644,7 @@ class PreferencePairs:
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         try:
             if data is None and path is not None:
-                if self.folder and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(self.folder)):
+                if self.folder and not is_within(path, self.folder):
                     raise BadRow(f"image outside the data's folder: {path}")
                 data = Path(path).read_bytes() if Path(path).is_file() else None  # a device or a pipe may never end
         except (OSError, ValueError, RuntimeError) as error:  # no permission, not a file's name, a loop of links
@@ -656,6 +656,12 @@ class PreferencePairs:
     def row_name(self, place: int) -> str:
         """Returns the name of a pair's row in messages; rows are counted from 0."""
         return f"row {self.kept[place]}"
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path, as it is written, lies in a folder or in what that is a link to; `datasets` follows the link."""
+    path = Path(os.path.abspath(path))
+    return path.is_relative_to(os.path.abspath(folder)) or path.is_relative_to(os.path.realpath(folder))
 
 
 def _check_column(name: str, column: str, feature: Any) -> None:
@@ -1390,8 +1396,8 @@ def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs
     for name in (*names, "inversion_cache_dir"):
         old, new = before.get(name, now[name]), now[name]  # an older version may lack an option
         if old != new and not (name.endswith("_dir") and old and new):
-            raise ValueError(f"--resume_from_checkpoint: {name} is {new}, but {checkpoint.folder} was made with {old}; "
-                             "a run must keep it")  # fmt: skip
+            raise ValueError(f"--resume_from_checkpoint: {name} is {new}, but {checkpoint.folder} was made with "
+                             f"{old}; a run must keep it")  # fmt: skip
     names = [name for name in options if options[name] != checkpoint.options.get(name)]
     names = [name for name in names if name not in ("resume_from_checkpoint", "config", "lora_init")]
     return ", ".join(f"--{name} {options[name]} (it was {before.get(name)})" for name in names)

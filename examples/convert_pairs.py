@@ -29,7 +29,7 @@ from pair_files import PairWriter, check_output_dir
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pair_sources import PairColumns, is_outside, label_key, open_rows, read_image, to_readable, value_at
+from pair_sources import PairColumns, content_of, is_outside, label_key, open_rows, read_image, to_readable, value_at
 
 from inversion_utils import BadRow, number, one_line, printable
 
@@ -200,8 +200,8 @@ def open_image(image, image_root, args, report):
     """Returns the bytes of an image file that training can read; raises BadRow if there are none."""
     if is_outside(image, image_root):
         if not args.allow_outside_images:
-            place = image.get("path") if isinstance(image, dict) else image
-            raise BadRow(f"an image outside of the data's folder (--allow_outside_images): {one_line(place)}")
+            place = one_line(content_of(image))
+            raise BadRow(f"an image outside of the data's folder (--allow_outside_images): {place}")
         report.num_outside += 1
     data, (width, height) = to_readable(read_image(image, image_root), args.max_side)
     if min(width, height) < args.min_image_size:

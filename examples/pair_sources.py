@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from inversion_utils import BadRow, decode_image, one_line
+from inversion_utils import BadRow, decode_image, is_within, one_line
 
 # 1  Rows
 
@@ -336,7 +336,7 @@ def _files_by_name(folder: Path) -> dict[str, str]:
             name = _stem(str(file.relative_to(folder)))
             if name in files:
                 raise ValueError(f"{files[name]} and {file} have the same name except for the suffix")
-            files[name] = str(file.resolve())
+            files[name] = str(file.absolute())
     return files
 
 
@@ -547,8 +547,7 @@ def read_image(value: Any, image_root: Path | str) -> bytes | Image.Image:
     Raises:
         BadRow: if there is none.
     """
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
+    value = content_of(value)
     if value is None:
         raise BadRow("no image")
     try:
@@ -573,17 +572,21 @@ def read_image(value: Any, image_root: Path | str) -> bytes | Image.Image:
         raise BadRow(f"unreadable image: {one_line(error)}") from error
 
 
+def content_of(value: Any) -> Any:
+    """Returns what `read_image` opens of a `datasets` image; other values as they are."""
+    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+
+
 def is_outside(value: Any, image_root: Path | str) -> bool:
     """Whether an image, as `read_image` takes it, is at an address, or in a file that is not below `image_root`."""
-    if isinstance(value, dict):
-        value = None if value.get("bytes") else value.get("path")
+    value = content_of(value)
     if not isinstance(value, str) or value.startswith("data:"):
         return False
     if "://" in value[:4096]:
         return True
-    path, root = Path(image_root, os.path.expanduser(value[:4096])), os.path.abspath(image_root)
+    path = Path(image_root, os.path.expanduser(value[:4096]))
     try:
-        return path.exists() and not Path(os.path.abspath(path)).is_relative_to(root)
+        return path.exists() and not is_within(path, image_root)
     except (OSError, ValueError):  # base64, which is too long for a path
         return False
 

@@ -317,6 +317,18 @@ def test_two_folders_of_equal_names(captions, convert, refused, tmp_path):
             assert "--train_data_dir" in refused(folder, *WINNERS)
 
 
+def test_folders_behind_links(convert, tmp_path):
+    """The folder itself and those within it: what the links' owner put there is not outside."""
+    write_folders(tmp_path / "real", names=("a",))
+    (tmp_path / "real" / "a.txt").write_text("a")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "made of links").mkdir()
+    for name in ("chosen", "rejected", "a.txt"):
+        (tmp_path / "made of links" / name).symlink_to(tmp_path / "real" / name)
+    for folder in ("link", "made of links"):
+        assert_winners(convert(tmp_path / folder, *WINNERS), ("best", "worst", "a"))
+
+
 def test_folders_that_do_not_fit_together(convert, refused, tmp_path, capsys):
     one = write_folders(tmp_path / "one", names=("a",))
     (one / "chosen" / "b.png").write_bytes(png("best"))
@@ -850,7 +862,7 @@ def test_addresses(server, convert, tmp_path, capsys):
     assert "404" in printed and "images outside   15 " in printed  # a path below the folder is not among them
 
 
-@pytest.mark.parametrize("place", ["up", "absolute", "home", "file", "address", "typed"])
+@pytest.mark.parametrize("place", ["up", "absolute", "home", "file", "address", "typed", "bytes"])
 def test_what_lies_outside_of_the_data_is_read_only_if_that_is_allowed(
     place, server, convert, tmp_path, capsys, monkeypatch
 ):
@@ -863,6 +875,7 @@ def test_what_lies_outside_of_the_data_is_read_only_if_that_is_allowed(
         "up": "../web/secret.png", "absolute": str(tmp_path / "web" / "secret.png"), "home": "~/secret.png",
         "file": (tmp_path / "web" / "secret.png").as_uri(), "address": f"{server}/secret.png",
         "typed": {"bytes": None, "path": "../web/secret.png"},
+        "bytes": {"bytes": "../web/secret.png", "path": None},  # which is opened like a path
     }[place]  # fmt: skip
     rows = [{"w": image, "l": "l.png", "caption": "outside"}, {"w": "l.png", "l": "l.png", "caption": "same"}]
     (tmp_path / "in" / "pairs.jsonl").write_text(lines(rows))

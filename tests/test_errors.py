@@ -192,7 +192,7 @@ def test_what_may_not_be_resumed(train, refused, tmp_path, caplog):
         assert "--resume_from_checkpoint" in message and (name == "train_data_dir" or name in message)
     assert_same(before, lora(output_dir))
     held = train("held", max_train_samples=7, max_train_steps=1)
-    assert "max_train_samples is None" in refused(output="held", num_eval_pairs=1, **resume)  # of 8: also 7 to train on
+    assert "max_train_samples is None" in refused(output="held", num_eval_pairs=1, **resume)  # 7 of 8, too
     checkpoint = find_checkpoint(held, "latest", pytest.fail)
     options = dict(checkpoint.options)
     del checkpoint.options["num_eval_pairs"], checkpoint.options["rank"]  # of an older version, which lacked them

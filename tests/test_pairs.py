@@ -240,6 +240,18 @@ def test_only_files_within_the_datas_folder_are_read(tmp_path):
         signal.signal(signal.SIGALRM, handler)
 
 
+def test_an_image_folder_behind_a_link(tmp_path):
+    real, folder = tmp_path / "real", tmp_path / "data"
+    for name, color in (("chosen", "white"), ("rejected", "black")):
+        (real / name).mkdir(parents=True)
+        PILImage.new("RGB", (8, 8), color).save(real / name / "0.png")
+    row = {"chosen_file_name": "chosen/0.png", "rejected_file_name": "rejected/0.png", "caption": "a"}
+    (real / "metadata.jsonl").write_text(json.dumps(row))
+    folder.symlink_to(real)
+    pair = pairs_in(folder, winner_column="chosen", loser_column="rejected")[0]
+    assert decode_image(pair.winner).getpixel((0, 0)) == (255, 255, 255)
+
+
 # Images
 
 
