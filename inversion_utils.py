@@ -584,6 +584,8 @@ class PreferencePairs:
     Raises ValueError if a column is missing or holds something else, or no pair is left.
     """
 
+    what = "rows"  # in messages
+
     def __init__(self, rows, columns, tie_policy="drop", max_pairs=None, folder=None):
         for name, column in columns.items():
             if column not in rows.column_names:
@@ -612,6 +614,7 @@ class PreferencePairs:
             raise ValueError(f"--num_eval_pairs {count}: allowed: fewer than the {len(self)} pairs of the data")
         held_out, chosen = copy.copy(self), np.random.default_rng(0).permutation(len(self))[:count]
         held_out.kept, self.kept = self.kept[np.sort(chosen)], np.delete(self.kept, chosen)
+        held_out.what = "held-out rows"
         return held_out
 
     def _numbers(self, rows, name: str, is_allowed: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -781,7 +784,8 @@ class PreferenceDataset(torch.utils.data.Dataset):
                 skipped.append((self.pairs.row_name(place), str(problem)))
                 if len(skipped) == min(100, len(self.pairs)):
                     row, reason = skipped[0]
-                    raise RuntimeError(f"{len(skipped)} rows in a row are unusable; {row}: {reason}") from None
+                    what = f"none of {len(skipped)} {self.pairs.what} in a row can be used"
+                    raise RuntimeError(f"{what}; {row}: {reason}") from None
                 place = (place + 1) % len(self.pairs)
         pixels, time_ids = zip(*(resize_and_crop(x, self.resolution, crop, flip) for x in images), strict=True)
         is_empty = empty < self.proportion_empty_prompts
@@ -979,7 +983,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 def only_variant(folder: Path) -> str:
     """Returns the variant, such as fp16, of a folder's weights, if there are none without one, else ""."""
-    names = [file.name.split(".") for file in folder.glob("*.safetensors")]
+    names = [file.name.split(".") for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
     variants = [parts[1].split("-")[0] for parts in names if len(parts) == 3]
     return variants[0] if variants and len(variants) == len(names) else ""
 
@@ -1209,14 +1213,17 @@ def lora_weights(unet) -> dict[str, torch.Tensor]:
     return {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
 
 
-def write_lora(file: Path, lora: dict[str, torch.Tensor]) -> None:
-    """Writes a LoRA of `read_lora` as `pipe.load_lora_weights` reads it, with PEFT's names for every module."""
+def write_lora(file: Path, lora: dict[str, torch.Tensor], **about: str) -> None:
+    """Writes a LoRA of `read_lora` as `pipe.load_lora_weights` reads it, with PEFT's names for every module.
+
+    `about` goes into the file's metadata.
+    """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from safetensors.torch import save
 
     rank, modules = lora_shape(lora)
     config = {"unet.r": rank, "unet.lora_alpha": rank, "unet.target_modules": modules}
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config)}
+    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(config), **about}
     write_whole(file, save({f"unet.{name}": value.contiguous() for name, value in lora.items()}, metadata))
 
 
@@ -1476,14 +1483,20 @@ def check_output_dir(
         raise ValueError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
 
 
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Within it, an OSError, such as of a full disk, is a RuntimeError that names the file and the way to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(f"{file} cannot be written: {one_line(error)}. {GO_ON}") from error
+
+
 def add_metrics(file: Path, step: int, metrics: dict[str, float]) -> None:
     """Appends a line of JSON; null stands for what is not finite."""
     metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    try:
-        with file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
-    except OSError as error:
-        raise RuntimeError(f"{file} cannot be written: {one_line(error)}. {GO_ON}") from error
+    with writing(file), file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
@@ -1499,6 +1512,24 @@ def cut_metrics(file: Path, step: int) -> None:
         write_whole(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step).encode())
 
 
+def best_margin(output_dir: Path) -> float:
+    """Returns the margin of the LoRA in best/, 0 without one; removes one of a step that the metrics do not reach.
+
+    That step lies beyond the checkpoint that the run goes on from.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    margins = {row["step"]: row.get("eval/margins") for row in read_metrics(output_dir / METRICS_FILE)}
+    try:
+        with safe_open(output_dir / BEST_DIR / LORA_FILE, "pt") as stored:
+            margin = margins.get(int(stored.metadata()["step"]))
+    except (OSError, SafetensorError, LookupError, ValueError):
+        margin = None
+    if margin is None and is_main_process():
+        shutil.rmtree(output_dir / BEST_DIR, ignore_errors=True)
+    return margin or 0.0
+
+
 class HeldOut:
     """Pairs kept out of training, at fixed timesteps and noise: what the policy predicts better than the reference.
 
@@ -1506,14 +1537,11 @@ class HeldOut:
         batches: `Targets` of this process's share, with a timestep in each of M bands.
         bands: names of the bands, such as "200-399".
         beta: see `preference_loss`.
-        metrics: what the run has logged so far, from which the best margin is known.
+        best: the margin to exceed, see `best_margin`.
     """
 
-    def __init__(self, batches: list[Targets], bands: list[str], beta: float, metrics: list[dict[str, float]]):
-        self.batches, self.bands, self.beta, self._is_warned = batches, bands, beta, False
-        self.best = 0.0
-        for logs in metrics:
-            self.is_best(logs)
+    def __init__(self, batches: list[Targets], bands: list[str], beta: float, best: float = 0.0):
+        self.batches, self.bands, self.beta, self.best, self._said = batches, bands, beta, best, set()
 
     @torch.no_grad()
     def measure(self, accelerator, errors: Callable[[Targets], torch.Tensor]) -> dict[str, float]:
@@ -1528,10 +1556,10 @@ class HeldOut:
         for targets in self.batches:
             targets = send_to_device(targets, accelerator.device)
             policy, reference = errors(targets), targets.reference_error
-            _, metrics = preference_loss(policy, reference, self.beta)
+            _, metrics = preference_loss(policy, reference, self.beta, is_tie=targets.is_tie)
             margin, correct = metrics["rewards/margins"], metrics["rewards/accuracies"]
             parts = (*policy.chunk(2, 1), *reference.chunk(2, 1), margin, correct, torch.ones_like(margin))
-            sums += torch.stack([part.sum(1) for part in parts])
+            sums += torch.stack([part.where(targets.usable.chunk(2)[0], 0.0).sum(1) for part in parts])
         policy_w, policy_l, reference_w, reference_l, margin, correct, count = accelerator.reduce(sums).cpu()
         parts = {"margins": (margin, count), "accuracies": (correct, count)}
         parts |= {"winner_error": (policy_w, reference_w), "loser_error": (policy_l, reference_l)}
@@ -1549,17 +1577,18 @@ class HeldOut:
         return is_best
 
     def note(self, logs: dict[str, float], step: int) -> str:
-        """Returns what the log should say, once, of a policy that decays or does not move; "" otherwise."""
-        winner, loser, text = logs["eval/winner_error"], logs["eval/loser_error"], ""
+        """Returns what the log should say, once each, of a policy that decays or does not move; "" otherwise."""
+        winner, loser = logs["eval/winner_error"], logs["eval/loser_error"]
         if winner > WINNER_LIMIT and loser > 0:
-            text = (
-                f"on held-out pairs the errors of winners, {winner:+.1%}, and losers, {loser:+.1%}, have both risen: "
-            )
-            text += "pictures decay. A lower LoRA scale, fewer steps or a higher --beta_dpo help"
+            text, what = f"the errors of winners, {winner:+.1%}, and losers, {loser:+.1%}, have both risen", "decay"
+            text += ": pictures decay. A lower LoRA scale, fewer steps or a higher --beta_dpo help"
         elif max(abs(winner), abs(loser)) < 1e-4:
-            text = "on held-out pairs the policy has not moved. A higher --learning_rate or more steps help"
-        text, self._is_warned = "" if self._is_warned else text, self._is_warned or bool(text)
-        return f"step {step}: {text}" if text else ""
+            text, what = "the policy has not moved. A higher --learning_rate or more steps help", "rest"
+        else:
+            return ""
+        is_new = what not in self._said
+        self._said.add(what)
+        return f"step {step}: on held-out pairs {text}" if is_new else ""
 
 
 def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, loss_type: str) -> None:
@@ -1590,9 +1619,10 @@ def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, l
             axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, color=color, linewidth=2, label=key)
-            for row_key in (row_key for row_key in rows[-1] if row_key.startswith(f"{key}/")):  # bands
-                axes.plot(steps, [row[row_key] for row in rows], color=color, linewidth=0.6, alpha=0.6)
-                axes.annotate(row_key.split("/")[-1], (steps[-1], rows[-1][row_key]), fontsize=7, color=color)
+            for band in dict.fromkeys(name for row in rows for name in row if name.startswith(f"{key}/")):
+                points = [(row["step"], row[band]) for row in rows if band in row]  # a resumed run may have others
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=0.6, alpha=0.6)
+                axes.annotate(band.split("/")[-1], points[-1], fontsize=7, color=color)
             if key in untrained:
                 axes.axhline(untrained[key], color="gray", linestyle=":")
         axes.set(title=name, xlabel="step")

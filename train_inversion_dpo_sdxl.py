@@ -91,6 +91,7 @@ from inversion_utils import (
     add_metrics,
     add_noise,
     backward_in_chunks,
+    best_margin,
     check_launcher,
     check_output_dir,
     check_resumed_run,
@@ -123,7 +124,6 @@ from inversion_utils import (
     printable,
     push_to_hub,
     read_lora,
-    read_metrics,
     reference_policy,
     register_lora_checkpointing,
     sample_timesteps,
@@ -134,6 +134,7 @@ from inversion_utils import (
     write_kohya,
     write_lora,
     write_results,
+    writing,
 )
 
 check_min_version("0.42.0")
@@ -360,12 +361,13 @@ def where(args, subfolder, **options):
 def vae_location(args):
     """Returns the path of the VAE, and the keyword arguments that find it there."""
     if args.pretrained_vae_model_name_or_path:
-        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+        variant = only_variant(Path(args.pretrained_vae_model_name_or_path)) or None  # --variant is the model's
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir, "variant": variant}
     return args.pretrained_model_name_or_path, where(args, "vae", variant=args.variant)
 
 
 def read_configs(args):
-    """Returns noise scheduler, the pipeline's configuration or {}, fingerprints of the model, and the initial LoRA.
+    """Returns noise scheduler, pipeline's configuration or {}, tokenizers, the model's fingerprints, and initial LoRA.
 
     Loads no weights of the model. Raises ValueError if this script does not align it.
     """
@@ -398,13 +400,13 @@ def read_configs(args):
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"{source} predicts {prediction_type!r}; supported are {' and '.join(PREDICTION_TYPES)}")
     factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
-    folders = [Path(model, name) for name in ("unet", "text_encoder", "text_encoder_2")]
-    for folder in (*folders, Path(vae_path, "vae" if vae_path == model else "")):
+    parts = ("unet", "text_encoder", "text_encoder_2", *(["vae"] if vae_path == model else []))
+    for folder in (Path(model, name) for name in parts):
         if not args.variant and (variant := only_variant(folder)):
             raise ValueError(f"{source}: {folder} holds one variant only; try --variant {variant}")
     try:
         part = "tokenizer"
-        for tokenizer in load_tokenizers(args):
+        for tokenizer in (tokenizers := load_tokenizers(args)):
             check_tokenizer(tokenizer)
         part = f"scheduler for --validation_prompts ({sampler})"
         _ = args.validation_prompts and load_sampler(args)
@@ -421,7 +423,7 @@ def read_configs(args):
     elif args.lora_target_modules != list(LORA_TARGETS):
         with torch.device("meta"):
             add_lora(UNet2DConditionModel.from_config(unet), 1, 1, args.lora_target_modules)
-    return noise_scheduler, pipeline_config, fingerprints, lora_init
+    return noise_scheduler, pipeline_config, tokenizers, fingerprints, lora_init
 
 
 def load_unet(args, weight_dtype):
@@ -562,6 +564,14 @@ def open_cache(args, pairs, timesteps, weight_dtype, fingerprints, configs, lora
     return TargetCache(args.inversion_cache_dir, settings)
 
 
+def draws_to_read(args, batches, num_pairs, visit, count):
+    """Returns (place, draw) of what a number of visits read from the cache, or of all there is to precompute."""
+    if args.precompute_only:
+        visit, count = 0, num_pairs * args.cached_draws
+    visits = itertools.islice(batches(batch_size=1, visit=visit, num_draws=args.cached_draws), max(0, count))
+    return list(dict.fromkeys(key[1:] for ((key, _),) in visits))
+
+
 def batches_of(items, batch_size):
     return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
@@ -587,22 +597,32 @@ def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, n
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
-    missing = [place for place, _ in cache.missing([(x, 0) for x in places], note)] if cache else places
+    missing = [place for place, _ in cache.missing([(x, 0) for x in places], lambda _: None)] if cache else places
     batches = batches_of([((5, place, 0), place) for place in missing], args.train_batch_size)
     for batch in load(dataset, batch_sampler=batches):
-        note_skipped(batch["skipped"], {}, note)
+        note(batch["skipped"])
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
+        # An unreadable row was replaced by the next, which is held out, too, and would be counted twice.
+        rows = zip(batch["keys"], batch["rows"], found.usable.tolist(), strict=False)
+        rows = [(row, row == pairs.row_name(key[1]), is_finite) for key, row, is_finite in rows]
+        note((row, NOT_FINITE) for row, is_own, is_finite in rows if is_own and not is_finite)
+        is_own = torch.tensor([is_own for _, is_own, _ in rows] * 2, device=found.usable.device)
+        found = found._replace(usable=found.usable & is_own)
         if cache:
             cache.unusable |= {batch["keys"][i][1:] for i in cache.save(batch["keys"], found)}
         else:
             targets.append(send_to_device(found, "cpu"))
     if cache:
-        batches = batches_of([((5, place, 0), place) for place in places], args.train_batch_size)
+        usable = [place for place in places if (place, 0) not in cache.unusable]
+        batches = batches_of([((5, place, 0), place) for place in usable], args.train_batch_size)
         targets = [batch["targets"] for batch in load(cache, batch_sampler=batches, collate_fn=collate_targets)]
+    count = torch.tensor(float(sum(batch.usable.sum() for batch in targets)), device=accelerator.device)
+    if not accelerator.reduce(count):
+        raise RuntimeError(f"no held-out pair can be used: {NOT_FINITE}")
     edges = [training_timesteps[[m * last // num_bands, (m + 1) * last // num_bands - 1]] for m in range(num_bands)]
     bands = [f"{int(first)}-{int(end)}" for first, end in edges]
-    return HeldOut(targets, bands, args.beta_dpo, read_metrics(Path(args.output_dir) / METRICS_FILE))
+    return HeldOut(targets, bands, args.beta_dpo, best_margin(Path(args.output_dir)))
 
 
 def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
@@ -652,6 +672,18 @@ def make_validation(args, accelerator, *parts):
     )  # fmt: skip
 
 
+def save_lora(args, unet, folder, best_step=None):
+    """Writes the LoRA that was trained, or the best one so far with its step, and returns it."""
+    lora, about = lora_weights(unet), {"step": str(best_step)} if best_step else {}
+    with writing(folder / LORA_FILE):
+        write_lora(folder / LORA_FILE, lora, **about)
+        if args.output_kohya_format and not best_step:
+            write_kohya(folder / KOHYA_FILE, lora, unet.config)
+    if not best_step:
+        logger.info(f"Saved {folder / LORA_FILE}")
+    return lora
+
+
 def leave(accelerator):
     """Ends training in all processes at once; the caller has let go of the model that accelerate wrapped.
 
@@ -675,7 +707,7 @@ def main(argv=None):
         _lock = lock_output_dir(args.output_dir)  # held as long as this runs
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, notes.append)
         check_output_dir(args.output_dir, checkpoint, args.resume_from_checkpoint)
-        noise_scheduler, pipeline_config, fingerprints, lora_init = read_configs(args)
+        noise_scheduler, pipeline_config, tokenizers, fingerprints, lora_init = read_configs(args)
         lora_hash = hash_tensors(lora_init) if lora_init else None
         training_timesteps = allowed_timesteps(args, noise_scheduler)
         pairs = load_pairs(args)
@@ -686,6 +718,7 @@ def main(argv=None):
             args.random_crop, args.random_flip, args.proportion_empty_prompts,
         )  # fmt: skip
         train_dataset[(0, 0), 0]  # is there a pair that can be read?
+        _ = args.num_eval_pairs and PreferenceDataset(eval_pairs, args.resolution, 1, args.seed)[(0, 0), 0]
         repo_id = None
         if args.push_to_hub and not args.precompute_only:
             repo_id = create_hub_repo(args.hub_model_id, args.output_dir, args.hub_token, args.hub_private_repo)
@@ -708,21 +741,20 @@ def main(argv=None):
         if args.inversion_cache_dir:
             configs = (pipeline_config, noise_scheduler.config)
             cache = open_cache(args, pairs, training_timesteps, weight_dtype, fingerprints, configs, lora_hash)
-            first, end = visit, visit + visits_per_step * max(0, max_train_steps - step)
-            if args.precompute_only:
-                first, end = 0, len(pairs) * args.cached_draws
-            visits = itertools.islice(batches(batch_size=1, visit=first, num_draws=args.cached_draws), end - first)
-            draws = list(dict.fromkeys(key[1:] for ((key, _),) in visits))
+            draws = draws_to_read(args, batches, len(pairs), visit, visits_per_step * (max_train_steps - step))
             missing = cache.missing(draws[rank::num_processes], warn)
             eval_cache = cache.part("held-out")
             eval_missing = eval_cache.missing([(place, 0) for place in range(args.num_eval_pairs)], warn)
-        has_encoders = not cache or bool(missing or eval_missing or args.validation_prompts)
+    except OSError as problem:
+        error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
+    has_encoders = not cache or bool(missing or eval_missing or args.validation_prompts)
+    try:
         text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
-        tokenizers, base = load_tokenizers(args), load_unet(args, weight_dtype)
+        base = load_unet(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
-        cached = f", or --inversion_cache_dir {args.inversion_cache_dir}," if args.inversion_cache_dir else ""
-        error(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}{cached} cannot be used: "
-              f"{one_line(problem)}")  # fmt: skip
+        hint = ". Is it there as --variant fp16 only?" if "file named" in str(problem) and not args.variant else ""
+        error(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be used: "
+              f"{one_line(problem)}{hint}")  # fmt: skip
     for module in (base,) if args.offload or not has_encoders else (base, vae, *text_encoders):
         module.to(device)
     del module  # which would keep a text encoder in memory
@@ -812,7 +844,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         cut_metrics(output_dir / METRICS_FILE, step)
     if args.num_eval_pairs and not is_stopping:
-        how = (training_timesteps, load_images, find_targets, warn, eval_cache)
+        how = (training_timesteps, load_images, find_targets, note, eval_cache)
         held_out = hold_out(args, accelerator, eval_pairs, *how)
     if is_stopping or args.precompute_only:
         stop.restore()
@@ -903,7 +935,7 @@ def main(argv=None):
             if line := held_out.note(logs, step):
                 logger.warning(line)
             if args.save_best and held_out.is_best(logs) and accelerator.is_main_process:
-                write_lora(output_dir / BEST_DIR / LORA_FILE, lora_weights(base))
+                save_lora(args, base, output_dir / BEST_DIR, step)
         accelerator.log(logs, step=step)
         if accelerator.is_main_process:
             add_metrics(output_dir / METRICS_FILE, step, logs)
@@ -938,11 +970,9 @@ def main(argv=None):
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
         exit_code = 128 + (stop.received or signal.SIGTERM)  # as a shell reports a signal
     elif accelerator.is_main_process:
-        lora, files = lora_weights(base), []
-        write_lora(output_dir / LORA_FILE, lora)
-        if args.output_kohya_format:
-            write_kohya(output_dir / KOHYA_FILE, lora, base.config)
-        logger.info(f"Saved {output_dir / LORA_FILE}")
+        if args.save_best and not held_out.best:
+            logger.warning(f"{BEST_DIR}/ is empty: no margin was above 0 with the winners' error within the limit")
+        lora, files = save_lora(args, base, output_dir), []
         if validation:
             validation.load(output_dir / LORA_FILE)
             files = validation.sample(step)
@@ -965,7 +995,8 @@ def main(argv=None):
         }
         names = [f"{VALIDATION_DIR}/{file.name}" for file in files]
         pictures = dict(zip(args.validation_prompts or (), names, strict=False))
-        write_results(output_dir, record, pictures, repo_id)
+        with writing(output_dir):
+            write_results(output_dir, record, pictures, repo_id)
         try:
             if repo_id:
                 push_to_hub(repo_id, output_dir, args.hub_token)

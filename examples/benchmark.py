@@ -443,8 +443,9 @@ def measure(args, method, folder):
 
     probe = Probe(script, on_step)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, ["random"], None))
-    probe.replace(script, "load_tokenizers", lambda script_args: [tokenizer] * len(family.text_encoders))
+    tokenizers = [tokenizer] * len(family.text_encoders)
+    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, tokenizers, ["random"], None))
+    probe.replace(script, "load_tokenizers", lambda script_args: tokenizers)
     probe.replace(script, "load_encoders", lambda script_args, dtype: make_encoders(family, dtype))
     probe.replace(script, "load_unet", lambda script_args, dtype: make_frozen(family.unet, dtype))
     output_dir = tempfile.mkdtemp(dir=folder)

@@ -1,6 +1,7 @@
 """Nothing is lost, nothing is run, nothing goes wrong silently: two runs at once, damaged files, broken models."""
 
 import contextlib
+import errno
 import json
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from inversion_utils import (
     METRICS_FILE,
     RAW_LORA_FILE,
     STATE_FILE,
+    HeldOut,
     add_metrics,
     checksum_of,
     lock_output_dir,
@@ -172,6 +174,35 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(train, tmp_path, monkeypatch
     assert_same(lora(train(max_train_steps=3, **QUICK, **LATEST)), lora(whole))
 
 
+@pytest.mark.parametrize("place", ["best", "run", "README.md"])
+def test_a_full_disk_is_named_for_results(train, tmp_path, monkeypatch, place):
+    def full(write):
+        def call(self, *args, **options):
+            if (self.parent.name == place and self.name.startswith(LORA_FILE)) or self.name == place:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(self, *args, **options)
+
+        return call
+
+    for name in ("write_bytes", "write_text"):
+        monkeypatch.setattr(Path, name, full(getattr(Path, name)))
+    monkeypatch.setattr(HeldOut, "is_best", lambda *_: True)
+    options = {"max_train_steps": 1, "num_eval_pairs": 1, "save_best": True}
+    with pytest.raises(RuntimeError, match="run.* cannot be written: .*No space.*--resume_from_checkpoint"):
+        train(**QUICK, **options)
+    if place == "run":
+        monkeypatch.undo()
+        train(**QUICK, **options, **LATEST)
+
+
+def test_a_full_disk_is_not_the_models_fault(refused, tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert refused(inversion_cache_dir=tmp_path / "cache").startswith("--inversion_cache_dir ")
+
+
 def test_metrics_that_cannot_be_written_say_so():
     with pytest.raises(RuntimeError, match="cannot be written: .*space.*--resume_from_checkpoint"):
         add_metrics(Path("/dev/full"), 1, {"loss": 0.5})
@@ -194,10 +225,10 @@ def break_model(kind, folder):
                 file.unlink()
     elif kind == "no tokenizer":
         shutil.rmtree(folder / "tokenizer")
-    elif kind == "fp16 only":
-        for part in ("unet", "vae", "text_encoder"):
-            for file in (folder / part).glob("*.safetensors"):
-                file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    elif kind in ("fp16 only", "fp16 only, bin"):
+        suffix = "bin" if "bin" in kind else "safetensors"
+        for file in folder.glob("**/*.safetensors"):
+            file.rename(file.with_name(f"{file.stem}.fp16.{suffix}"))
     elif kind == "sampler's package":
         write_json(folder / "scheduler" / "scheduler_config.json", _class_name="DPMSolverSDEScheduler")
 
@@ -206,6 +237,7 @@ def break_model(kind, folder):
     ("kind", "named"),
     [
         ("no vocabulary", "tokenizer"), ("no tokenizer", "tokenizer"), ("fp16 only", "--variant fp16"),
+        ("fp16 only, bin", "--variant fp16"),
         ("sampler's package", "torchsde"),
     ],
 )  # fmt: skip
@@ -214,6 +246,15 @@ def test_a_broken_model_is_refused_before_weights_load(refused, no_models, tiny_
     break_model(kind, folder)
     message = refused(pretrained_model_name_or_path=folder, validation_prompts=["a"])
     assert message.startswith(f"--pretrained_model_name_or_path {folder}") and named in message
+
+
+def test_a_model_of_one_variant_in_the_cache_of_downloads_is_named(refused, tiny_model, tmp_path):
+    folder = tmp_path / "models--me--model"
+    snapshot = shutil.copytree(tiny_model, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    break_model("fp16 only", snapshot)
+    assert "--variant fp16" in refused(pretrained_model_name_or_path="me/model", cache_dir=tmp_path)
 
 
 def test_a_single_file_is_refused_with_the_way_to_convert_it(refused, no_models, tmp_path):
@@ -229,6 +270,9 @@ def test_the_variant_that_is_there_is_trained(train, tiny_model, tmp_path):
     assert_same(
         lora(train(pretrained_model_name_or_path=folder, variant="fp16", max_train_steps=1, **QUICK)), lora(expected)
     )
+    vae = shutil.copytree(folder / "vae", tmp_path / "vae")  # of another model
+    output_dir = train("vae", pretrained_vae_model_name_or_path=vae, max_train_steps=1, **QUICK)
+    assert_same(lora(output_dir), lora(expected))
 
 
 def test_a_caption_of_megabytes_is_cut_before_it_is_tokenized(train, tmp_path):

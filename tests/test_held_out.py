@@ -1,13 +1,15 @@
 """--num_eval_pairs: pairs kept out of training, on which the policy is watched."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same, logged, lora, pair_rows, write_parquet
+from conftest import assert_same, encode, logged, lora, pair_rows, write_parquet
 from PIL import Image
+from safetensors import safe_open
 
 from inversion_utils import (
     BEST_DIR,
@@ -121,7 +123,10 @@ def targets_of(reference_error):
 
 def test_the_metrics_worked_by_hand():
     """Two bands, two pairs in two batches: winners at 1 and 2, losers at 4, by the reference."""
-    held_out = HeldOut([targets_of(torch.tensor([[1.0, 4.0], [2.0, 4.0]]))] * 2, ["low", "high"], 10.0, [])
+    held_out = HeldOut([targets_of(torch.tensor([[1.0, 4.0], [2.0, 4.0]]))] * 2, ["low", "high"], 10.0)
+    tie = targets_of(torch.tensor([[1.0, 4.0], [2.0, 4.0]]))
+    tie = tie._replace(is_tie=torch.tensor([True]), usable=torch.tensor([True, True]))
+    overflown = tie._replace(usable=torch.tensor([False, False]))
     policy = iter([torch.tensor([[0.5, 4.0], [2.0, 5.0]]), torch.tensor([[1.5, 4.0], [2.0, 4.0]])])
     logs = held_out.measure(Accelerator(cpu=True), lambda targets: next(policy))
     margins = 5 * torch.tensor([0.5, 1.0, -0.5, 0.0])
@@ -132,6 +137,9 @@ def test_the_metrics_worked_by_hand():
     assert logs["eval/margins/low"] == pytest.approx(0) and logs["eval/margins/high"] == pytest.approx(2.5)
     assert (logs["eval/accuracies/low"], logs["eval/accuracies/high"]) == (0.5, 0.75)
     assert logs["eval/winner_error/low"] == pytest.approx(0) and logs["eval/loser_error/high"] == pytest.approx(1 / 8)
+    held_out.batches = [tie, overflown]
+    logs = held_out.measure(Accelerator(cpu=True), lambda targets: targets.reference_error - torch.tensor([0.5, 0]))
+    assert logs["eval/accuracies"] == 0.5 and logs["eval/margins"] == 2.5  # which is neither won nor counted
 
 
 def logs_of(margin, winner, loser=0.1):
@@ -139,18 +147,17 @@ def logs_of(margin, winner, loser=0.1):
 
 
 def test_decay_and_standing_still_are_named_once():
-    held_out = HeldOut([], [], 1.0, [])
+    held_out = HeldOut([], [], 1.0)
     assert held_out.note(logs_of(1.0, WINNER_LIMIT / 2), 10) == held_out.note(logs_of(1.0, 0.5, -0.1), 15) == ""
     line = held_out.note(logs_of(1.0, 0.5), 20)
     assert line.startswith("step 20: ") and "+50.0%" in line and "--beta_dpo" in line
     assert held_out.note(logs_of(1.0, 0.6), 30) == ""
-    assert "has not moved" in HeldOut([], [], 1.0, []).note(logs_of(0.0, 1e-6, -1e-6), 10)
+    still = logs_of(0.0, 1e-6, -1e-6)
+    assert "has not moved" in held_out.note(still, 40) and held_out.note(still, 50) == ""
 
 
-def test_the_best_is_the_largest_margin_within_the_limit_also_after_a_restart():
-    before = [{"loss": 1.0}, logs_of(0.5, 0.0), logs_of(2.0, 2 * WINNER_LIMIT)]
-    held_out = HeldOut([], [], 1.0, before)
-    assert held_out.best == 0.5
+def test_the_best_is_the_largest_margin_within_the_limit():
+    held_out = HeldOut([], [], 1.0, 0.5)
     assert not held_out.is_best(logs_of(0.4, 0.0)) and not held_out.is_best(logs_of(3.0, 2 * WINNER_LIMIT))
     assert held_out.is_best(logs_of(0.6, WINNER_LIMIT)) and not held_out.is_best(logs_of(0.6, 0.0))
     assert not held_out.is_best(logs_of(float("nan"), 0.0)) and not held_out.is_best({"loss": 1.0})
@@ -167,6 +174,82 @@ def test_save_best_keeps_the_lora_of_that_step(train, script, without_report, mo
     assert_same(lora(output_dir / BEST_DIR), lora(expected))
     assert [path.name for path in (output_dir / BEST_DIR).iterdir()] == [LORA_FILE]
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_best_and_the_remembered_margin_agree_after_a_restart(train, without_report, monkeypatch, caplog):
+    """One of a step that is taken again is removed, and margins from before --save_best do not count."""
+    options = {**QUICK, **EVAL, "max_train_steps": 6, "checkpointing_steps": 3, "eval_steps": 1}
+
+    def run(*margins, winner=0.0, **more):
+        values = iter([logs_of(margin, winner) for margin in margins])
+        monkeypatch.setattr(HeldOut, "measure", lambda *_: next(values))
+        return train(**{**options, **more})
+
+    def best(folder):
+        with safe_open(folder / BEST_DIR / LORA_FILE, "pt") as stored:
+            return stored.metadata()["step"]
+
+    run(1.0, 2.0, 1.0, output="a", max_train_steps=3)
+    resume = {"save_best": True, "resume_from_checkpoint": "latest"}
+    assert best(run(0.5, 0.6, 0.1, output="a", **resume)) == "5"
+    folder = run(1.0, 2.0, 1.0, 3.0, output="b", max_train_steps=4, **resume)
+    assert best(folder) == "4"
+    shutil.rmtree(folder / "checkpoint-4")
+    assert best(run(0.5, 0.6, 0.1, output="b", **resume)) == "5"  # of another machine, say
+    shutil.rmtree(folder / "checkpoint-6")
+    assert best(run(0.2, 0.3, 0.4, output="b", **resume)) == "6"
+    assert not any("best/" in record.getMessage() for record in caplog.records)
+    run(*[1.0] * 6, output="c", winner=1.0, save_best=True)
+    assert sum("best/ is empty" in record.getMessage() for record in caplog.records) == 1
+
+
+HELD_OUT = np.sort(np.random.default_rng(0).permutation(8)[:3])
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_broken_held_out_rows_are_left_out_and_counted(
+    train, refused, script, without_report, tmp_path, monkeypatch, cache
+):
+    seen = []
+    monkeypatch.setattr(script, "HeldOut", lambda targets, *rest: seen.extend(targets) or HeldOut(targets, *rest))
+    options = {**QUICK, **EVAL, "train_batch_size": 3}
+    options |= {"inversion_cache_dir": tmp_path / "cache"} if cache else {}
+    rows = pair_rows(8)
+    rows[HELD_OUT[0]]["jpg_0"] = b"damaged"
+    output_dir = train(train_data_dir=write_parquet(rows, tmp_path / "data"), **options)
+    assert json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] == 1
+    assert sum(int(targets.usable.sum()) for targets in seen) == 2 * 2  # images
+    for i in HELD_OUT:
+        rows[i]["jpg_0"] = b"damaged"
+    message = refused(output="empty", train_data_dir=write_parquet(rows, tmp_path / "none"), **options)
+    assert "3 held-out rows" in message
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_held_out_pairs_that_overflow(train, script, without_report, tmp_path, monkeypatch, cache):
+    rows, encode_images = pair_rows(8), script.encode_images
+
+    def overflow(vae, pixels, *rest):
+        latents = encode_images(vae, pixels, *rest)
+        latents[(pixels.flatten(1) == 1).all(1)] = float("inf")
+        return latents
+
+    monkeypatch.setattr(script, "encode_images", overflow)
+    for i in HELD_OUT:
+        rows[i] |= {"jpg_0": encode(Image.new("RGB", (32, 32), "white"))}
+    options = {"inversion_cache_dir": tmp_path / "cache"} if cache else {}
+    with pytest.raises(RuntimeError, match="no held-out pair can be used"):
+        train(train_data_dir=write_parquet(rows, tmp_path / "data"), **QUICK, **EVAL, **options)
+
+
+def test_a_report_of_a_run_whose_bands_changed(tmp_path):
+    rows = [{"step": i, "loss": 0.5, "rewards/accuracies": 0.5, "rewards/margins": 0.0, "rewards/chosen": 0.0,
+             "rewards/rejected": 0.0, "policy_error": 1.0, "reference_error": 1.0} for i in range(4)]  # fmt: skip
+    for row, band in ((rows[1], "0-99"), (rows[3], "500-599")):
+        for name in ("margins", "accuracies", "winner_error", "loser_error"):
+            row |= {f"eval/{name}": 0.1, f"eval/{name}/{band}": 0.1}
+    plot_report(rows, tmp_path / "report.png", "x", "sigmoid")
+    assert (tmp_path / "report.png").exists()
 
 
 def test_the_report_shows_held_out_pairs(train, tmp_path):
