@@ -1440,38 +1440,65 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def lock_output_dir(output_dir: str | Path) -> Any:
-    """Returns a file that keeps the folder to this run while it is open, or until the process ends in any way.
+class Lock(NamedTuple):
+    """What keeps --output_dir to this run while its file is open, or until the process ends in any way."""
 
-    The main process locks; on Windows, and on a file system without locks, none does. Raises ValueError if another run
-    has the folder, or it cannot be written.
+    file: Any
+    owner: str  # what the file held, the hash of the options of the run that began there; "" if none did
+    is_new: bool  # whether the folder is
+
+    def undo(self, output_dir: str | Path) -> None:
+        """Removes what a refused run has made of the file and its folder, before anyone else can have the lock."""
+        with contextlib.suppress(OSError):
+            if not self.owner:
+                Path(output_dir, LOCK_FILE).unlink()
+            if self.is_new:
+                Path(output_dir).rmdir()
+
+
+def lock_output_dir(output_dir: str | Path) -> Lock | None:
+    """Returns the lock of a folder, which the main process takes for all.
+
+    On Windows, and on a file system without locks, it keeps nobody out. Raises ValueError if another run has the
+    folder, or it cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return None
     if not is_main_process():
         return None
+    place = Path(output_dir, LOCK_FILE)
+    is_new = not place.parent.exists()
     try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        file = Path(output_dir, LOCK_FILE).open("a")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a+")
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a process of the data loader would inherit
-    except (BlockingIOError, PermissionError) as error:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a data loader's process would inherit
+        if not os.path.samestat(os.fstat(file.fileno()), place.stat()):  # a refused run has just removed it
+            raise BlockingIOError
+    except (BlockingIOError, PermissionError, FileNotFoundError) as error:
         raise ValueError(f"--output_dir {output_dir} is in use by another run; wait for it or name another") from error
     except OSError:
         pass
-    return file
+    file.seek(0)
+    return Lock(file, file.read(), is_new)
 
 
 def check_output_dir(
-    output_dir: str | Path, checkpoint: Checkpoint | None, resume_from_checkpoint: str | None = None
+    output_dir: str | Path, checkpoint: Checkpoint | None, options: Mapping[str, Any], lock: Lock | None = None
 ) -> None:
-    """Raises ValueError if the folder cannot be written, or holds another run than the one that is resumed."""
+    """Raises ValueError if the folder cannot be written, or holds another run than the one that is resumed.
+
+    With "latest", metrics, pictures and best/ may be there if a run with the same options left them, one that was
+    killed before its first checkpoint.
+    """
     folder, checkpoints = Path(output_dir), find_checkpoints(output_dir)
-    results = FINAL_RESULTS if resume_from_checkpoint == "latest" else RESULTS  # a killed run may have left the others
+    same = {k: v for k, v in options.items() if k not in ("output_dir", "resume_from_checkpoint", "config")}
+    owner = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+    is_own = options.get("resume_from_checkpoint") == "latest" and (lock is None or lock.owner == owner)
+    results = FINAL_RESULTS if is_own else RESULTS
     found = checkpoints[-1:] + [folder / name for name in results if (folder / name).exists()]
     if found and not (checkpoint and checkpoint.folder.resolve().parent == folder.resolve()):
         remedy = "continue that run with --resume_from_checkpoint latest" if checkpoints else "move it away"
@@ -1479,6 +1506,10 @@ def check_output_dir(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if lock:
+            lock.file.truncate(0)
+            lock.file.write(owner)
+            lock.file.flush()
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
 

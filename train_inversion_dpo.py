@@ -669,17 +669,23 @@ def leave(accelerator):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    args, error = parse_args(argv)
+    args, refuse = parse_args(argv)
     num_targets, output_dir = timesteps_per_pair(args), Path(args.output_dir)
     options = {name: value for name, value in vars(args).items() if name != "hub_token"}  # as they may be written down
 
     # What can be known before weights load
-    notes = []
+    notes, lock = [], None
+
+    def error(line):
+        if lock:
+            lock.undo(output_dir)
+        refuse(line)
+
     try:
         check_launcher(os.environ)
-        _lock = lock_output_dir(args.output_dir)  # held as long as this runs
+        lock = lock_output_dir(args.output_dir)  # held as long as this runs
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, notes.append)
-        check_output_dir(args.output_dir, checkpoint, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir, checkpoint, options, lock)
         noise_scheduler, pipeline_config, tokenizers, fingerprints, lora_init = read_configs(args)
         lora_hash = hash_tensors(lora_init) if lora_init else None
         training_timesteps = allowed_timesteps(args, noise_scheduler)
@@ -823,15 +829,8 @@ def main(argv=None):
         stop.restore()
         leave(accelerator)
         sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
-    dataloader = load_data(
-        batch_sampler=batches(
-            args.train_batch_size,
-            visit=visit,
-            process_index=rank,
-            num_processes=num_processes,
-            num_draws=args.cached_draws if cache else None,
-        )  # fmt: skip
-    )
+    share = {"process_index": rank, "num_processes": num_processes, "num_draws": args.cached_draws if cache else None}
+    dataloader = load_data(batch_sampler=batches(args.train_batch_size, visit=visit, **share))
 
     # Optimizer, trackers, validation
     policy, optimizer, lr_scheduler = prepare_training(

@@ -63,7 +63,20 @@ def test_a_second_run_is_refused_until_the_first_one_has_died(train, refused, no
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     monkeypatch.delenv("RANK")
-    assert lock_output_dir(folder) is not None
+    lock = lock_output_dir(folder)
+    assert lock is not None
+    place, open_file = folder / LOCK_FILE, Path.open
+
+    def open_late(self, *args, **options):  # the file of a run that is then refused, and removes it
+        file = open_file(self, *args, **options)
+        lock.undo(folder)
+        return file
+
+    monkeypatch.setattr(Path, "open", open_late)
+    with pytest.raises(ValueError, match="in use"):
+        lock_output_dir(folder)
+    monkeypatch.undo()
+    assert not place.exists() and lock_output_dir(folder).owner == ""
 
 
 # Checkpoints

@@ -8,7 +8,7 @@ import pytest
 from conftest import ONE_THREAD, ROOT, assert_same, command_line, lora, pair_rows, write_json, write_parquet
 from datasets import ClassLabel, Dataset
 
-from inversion_utils import LORA_FILE, check_resumed_run, find_checkpoint
+from inversion_utils import LOCK_FILE, LORA_FILE, check_resumed_run, find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_report")
 
@@ -171,18 +171,17 @@ def test_an_output_dir_in_use_is_refused_and_kept(refused, no_models, tmp_path, 
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / name).write_bytes(b"precious")
-    latest = [{"resume_from_checkpoint": "latest"}] if name != "metrics.jsonl" else []  # of a run killed early
-    for options in ({}, *latest):
+    for options in ({}, {"resume_from_checkpoint": "latest"}):
         message = refused(**options)
         assert f"--output_dir {folder}" in message and name in message
-    assert (folder / name).read_bytes() == b"precious"
+    assert (folder / name).read_bytes() == b"precious" and [path.name for path in folder.iterdir()] == [name]
 
 
 def test_what_may_not_be_resumed(train, refused, tmp_path, caplog):
     """Other data, another LoRA, objective or way to find the targets. Other differences are named in a warning."""
     output_dir = train(max_train_steps=1)
     before, resume = lora(output_dir), {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    assert f"--output_dir {output_dir}" in refused()
+    assert f"--output_dir {output_dir}" in refused() and (output_dir / LOCK_FILE).exists()
     others = {"rank": 8, "objective": "inpo", "lora_target_modules": ["to_q"], "lora_alpha": 1}
     others["inversion_cache_dir"] = tmp_path / "cache"
     others |= {"max_train_samples": 7, "num_eval_pairs": 1}
@@ -211,4 +210,5 @@ def test_the_process_ends_with_2_one_line_and_no_traceback(tiny_model, pairs_dir
     done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert done.returncode == 2 and len(lines) == 1 and "--label_column better" in lines[0], done.stderr
+    assert not (tmp_path / "run").exists()
     assert "Traceback" not in done.stderr and lines[0] == done.stderr.splitlines()[-1] and not done.stdout

@@ -214,35 +214,43 @@ def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
 def test_a_folder_that_holds_only_pictures_of_another_run_is_refused_and_kept(refused, no_models, tmp_path):
     (tmp_path / "run" / "validation").mkdir(parents=True)
     assert "--output_dir" in refused()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"validation", ".lock"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"validation"}
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, tmp_path):
-    """Such as a job that is preempted and repeated by a scheduler."""
-    (tmp_path / "run" / "validation").mkdir(parents=True)
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, refused, script, monkeypatch):
+    """Such as a job that a scheduler repeats; with other options it is another run, which stays."""
+
+    def kill(*_):
+        raise OSError("killed")
+
+    monkeypatch.setattr(script, "save_checkpoint", kill)
+    with pytest.raises(OSError, match="killed"):
+        train()
+    monkeypatch.undo()
+    message = refused(seed=1, **LATEST)
+    assert "--output_dir" in message and "metrics.jsonl" in message
     output_dir = train(**LATEST)
     assert [row["step"] for row in read_metrics(output_dir / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_folder_with_checkpoints_is_kept_for_the_run_that_continues_it(run_dir):
     checkpoint = find_checkpoint(run_dir, "latest", pytest.fail)
-    check_output_dir(run_dir, checkpoint)
-    check_output_dir(run_dir / "new" / "deep", None)
+    check_output_dir(run_dir, checkpoint, {})
+    check_output_dir(run_dir / "new" / "deep", None, {})
     assert not any((run_dir / "new" / "deep").iterdir())
     with pytest.raises(ValueError, match="--output_dir .*--resume_from_checkpoint latest"):
-        check_output_dir(run_dir, None)
+        check_output_dir(run_dir, None, {})
     (run_dir / "new" / LORA_FILE).touch()
     (run_dir / "file").touch()
     for other in ("new", "file"):
         with pytest.raises(ValueError, match="--output_dir"):
-            check_output_dir(run_dir / other, checkpoint)
+            check_output_dir(run_dir / other, checkpoint, {})
 
 
 def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path):
     """As all ranks of a run do at the same moment."""
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: check_output_dir(tmp_path, None), range(200)))
+        list(pool.map(lambda _: check_output_dir(tmp_path, None, {}), range(200)))
 
 
 # Signals
