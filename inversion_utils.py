@@ -460,6 +460,7 @@ def backward_in_chunks(
 # 3  Preference pairs
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL's others are rare or run programs (EPS)
+MAX_IMAGE_BYTES = 2**28  # of a file
 CONVERTER = "examples/convert_pairs.py converts other data"
 
 
@@ -584,15 +585,13 @@ class PreferencePairs:
     Raises ValueError if a column is missing or holds something else, or no pair is left.
     """
 
-    what = "rows"  # in messages
-
     def __init__(self, rows, columns, tie_policy="drop", max_pairs=None, folder=None):
         for name, column in columns.items():
             if column not in rows.column_names:
                 found = ", ".join(rows.column_names)
                 raise ValueError(f"--{name}_column {column}: the data have no such column, only {found}. {CONVERTER}")
             _check_column(name, column, rows.features[column])
-        self.columns, self.folder, self.fingerprint = columns, folder, rows._fingerprint
+        self.columns, self.folder, self.fingerprint, self.what = columns, folder, rows._fingerprint, "rows"
         self.images = [columns[name] for name in columns if name not in ("label", "caption", "strength")]
         self.labels = self._numbers(rows, "label", lambda x: np.isin(x, (0, 0.5, 1)))
         self.strengths = self._numbers(rows, "strength", lambda x: (x >= 0) & (x <= 1))
@@ -649,6 +648,8 @@ class PreferencePairs:
             if data is None and path is not None:
                 if self.folder and not is_within(path, self.folder):
                     raise BadRow(f"image outside the data's folder: {path}")
+                if Path(path).is_file() and Path(path).stat().st_size > MAX_IMAGE_BYTES:
+                    raise BadRow(f"image larger than {MAX_IMAGE_BYTES} bytes: {path}")
                 data = Path(path).read_bytes() if Path(path).is_file() else None  # a device or a pipe may never end
         except (OSError, ValueError, RuntimeError) as error:  # no permission, not a file's name, a loop of links
             raise BadRow(f"unreadable image: {one_line(error)}") from error
@@ -1007,7 +1008,7 @@ FINAL_RESULTS = (LORA_FILE, KOHYA_FILE, CARD_FILE, CONFIG_FILE, REPORT_FILE)  # 
 RESULTS = (*FINAL_RESULTS, METRICS_FILE, VALIDATION_DIR, BEST_DIR)  # beside checkpoints and logs
 PUSHED = (*FINAL_RESULTS, f"{VALIDATION_DIR}/step-*.png")
 STATE_FILE, RAW_LORA_FILE = "training_state.json", "raw_lora_weights.safetensors"  # of a checkpoint
-CHECKSUMS_FILE = "checksums.json"  # of a checkpoint's other files
+OPTIMIZER_FILE, CHECKSUMS_FILE = "optimizer.bin", "checksums.json"  # the latter of all others
 LOCK_FILE = ".lock"  # of --output_dir
 GO_ON = "Make room and go on with --resume_from_checkpoint latest"
 WINNER_LIMIT = 0.02  # how far the error of held-out winners may lie above the reference's
@@ -1214,10 +1215,7 @@ def lora_weights(unet) -> dict[str, torch.Tensor]:
 
 
 def write_lora(file: Path, lora: dict[str, torch.Tensor], **about: str) -> None:
-    """Writes a LoRA of `read_lora` as `pipe.load_lora_weights` reads it, with PEFT's names for every module.
-
-    `about` goes into the file's metadata.
-    """
+    """Writes a LoRA of `read_lora` as `pipe.load_lora_weights` reads it, with PEFT's names; `about`: more metadata."""
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from safetensors.torch import save
 
@@ -1339,6 +1337,8 @@ def damage_of(checkpoint: Path) -> str:
     """Returns what is wrong with a checkpoint's files, "" if nothing is."""
     try:
         checksums = json.loads((checkpoint / CHECKSUMS_FILE).read_text(encoding="utf-8"))
+        if missing := {STATE_FILE, RAW_LORA_FILE, OPTIMIZER_FILE} - checksums.keys():
+            return f"{CHECKSUMS_FILE} lacks {min(missing)}"
         damaged = [name for name, checksum in checksums.items() if checksum_of(checkpoint / name) != checksum]
         return f"{damaged[0]} is damaged" if damaged else ""
     except OSError as error:
@@ -1373,7 +1373,8 @@ def find_checkpoint(
                 while aside.exists():
                     aside = aside.with_name(f"{aside.name}-again")
                 folder.rename(aside)
-                note(f"{folder.name}: {damage}; it is now {aside.name}, and the next older one is taken")
+                note(f"{folder.name}: {damage}; it is now {aside.name}")
+                _ = checkpoints or note("no sound checkpoint is left: the run starts at step 0")
         if not checkpoints:
             return None
     named = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
@@ -1530,35 +1531,43 @@ def add_metrics(file: Path, step: int, metrics: dict[str, float]) -> None:
         stream.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
+def _metrics_in(line: bytes) -> dict[str, float] | None:
+    try:
+        row = {name: math.nan if x is None else x for name, x in json.loads(line).items()}
+    except (ValueError, AttributeError):
+        return None
+    return row if "step" in row and all(isinstance(x, int | float) for x in row.values()) else None
+
+
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """Returns what `add_metrics` wrote, a dict a step; a last line that was cut short is left out."""
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [{name: math.nan if x is None else x for name, x in json.loads(line).items()} for line in lines]
+    """Returns what `add_metrics` wrote, a dict a step; lines that are damaged or were cut short are left out."""
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [row for row in map(_metrics_in, lines) if row]
 
 
-def cut_metrics(file: Path, step: int) -> None:
-    """Cuts the lines beyond a step, of a run that went on without reaching its next checkpoint."""
+def cut_metrics(file: Path, step: int, warn: Callable[[str], None]) -> None:
+    """Cuts the lines beyond a step, of a run that went on without reaching its next checkpoint, and damaged ones."""
     if file.exists():
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-        write_whole(file, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step).encode())
+        lines = file.read_bytes().split(b"\n")[:-1]
+        rows = [_metrics_in(line) for line in lines]
+        if None in rows:
+            warn(f"{file}: {rows.count(None)} damaged lines are left out")
+        kept = [line + b"\n" for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
+        write_whole(file, b"".join(kept))
 
 
 def best_margin(output_dir: Path) -> float:
-    """Returns the margin of the LoRA in best/, 0 without one; removes one of a step that the metrics do not reach.
-
-    That step lies beyond the checkpoint that the run goes on from.
-    """
+    """Returns the margin of the LoRA in best/, 0 without one; removes one of a step that a resumed run takes again."""
     from safetensors import SafetensorError, safe_open
 
-    margins = {row["step"]: row.get("eval/margins") for row in read_metrics(output_dir / METRICS_FILE)}
+    rows = {str(row["step"]): row for row in read_metrics(output_dir / METRICS_FILE)}
     try:
         with safe_open(output_dir / BEST_DIR / LORA_FILE, "pt") as stored:
-            margin = margins.get(int(stored.metadata()["step"]))
-    except (OSError, SafetensorError, LookupError, ValueError):
-        margin = None
-    if margin is None and is_main_process():
-        shutil.rmtree(output_dir / BEST_DIR, ignore_errors=True)
-    return margin or 0.0
+            return rows[stored.metadata()["step"]]["eval/margins"]
+    except (OSError, SafetensorError, KeyError):
+        if is_main_process():
+            shutil.rmtree(output_dir / BEST_DIR, ignore_errors=True)
+        return 0.0
 
 
 class HeldOut:
@@ -1610,16 +1619,15 @@ class HeldOut:
     def note(self, logs: dict[str, float], step: int) -> str:
         """Returns what the log should say, once each, of a policy that decays or does not move; "" otherwise."""
         winner, loser = logs["eval/winner_error"], logs["eval/loser_error"]
-        if winner > WINNER_LIMIT and loser > 0:
-            text, what = f"the errors of winners, {winner:+.1%}, and losers, {loser:+.1%}, have both risen", "decay"
-            text += ": pictures decay. A lower LoRA scale, fewer steps or a higher --beta_dpo help"
-        elif max(abs(winner), abs(loser)) < 1e-4:
-            text, what = "the policy has not moved. A higher --learning_rate or more steps help", "rest"
-        else:
+        decays, rests = winner > WINNER_LIMIT and loser > 0, max(abs(winner), abs(loser)) < 1e-4
+        if not (decays or rests) or decays in self._said:
             return ""
-        is_new = what not in self._said
-        self._said.add(what)
-        return f"step {step}: on held-out pairs {text}" if is_new else ""
+        self._said.add(decays)
+        text = "the policy has not moved. A higher --learning_rate or more steps help"
+        if decays:
+            text = f"the errors of winners, {winner:+.1%}, and losers, {loser:+.1%}, have both risen: pictures decay. "
+            text += "A lower LoRA scale, fewer steps or a higher --beta_dpo help"
+        return f"step {step}: on held-out pairs {text}"
 
 
 def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, loss_type: str) -> None:
@@ -1646,6 +1654,7 @@ def plot_report(metrics: list[dict[str, float]], file: str | Path, title: str, l
     for axes, (name, keys) in zip(figure.subplots(num_rows, 2).flat, panels.items(), strict=True):
         for key, color in zip(keys, ("tab:blue", "tab:green", "tab:red"), strict=False):
             rows, window = (evaluated, 1) if key.startswith("eval/") else (metrics, mean_over)
+            rows = [row for row in rows if key in row]  # not in one that was damaged
             steps, values = [row["step"] for row in rows], np.array([row[key] for row in rows])
             axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.4)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
@@ -1773,10 +1782,10 @@ def write_results(folder: Path, record: dict[str, Any], pictures: dict[str, str]
     metrics, options = read_metrics(folder / METRICS_FILE), record["options"]
     rows = [row for row in metrics if all(map(math.isfinite, row.values()))][-20:]
     names = [name for name in (rows[0] if rows else ()) if name != "step" and not name.startswith("eval/")]
-    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    means = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     last = next((row for row in reversed(metrics) if "eval/margins" in row), {})
     means |= {name: value for name, value in last.items() if name.startswith("eval/") and name.count("/") == 1}
-    means |= {"bad_steps": metrics[-1]["bad_steps"]} if metrics else {}  # a count
+    means |= {"bad_steps": metrics[-1].get("bad_steps", 0)} if metrics else {}  # a count
     record = {**record, "metrics": means, "versions": versions()}
     (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if metrics:

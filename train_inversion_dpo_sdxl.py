@@ -625,7 +625,7 @@ def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, n
     return HeldOut(targets, bands, args.beta_dpo, best_margin(Path(args.output_dir)))
 
 
-def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
+def prepare_training(args, error, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
     """Returns the policy, which is the U-Net wrapped, the optimizer and the learning rate's schedule, resumed or new.
 
     The schedule stays unprepared and takes a step with the optimizer, so it is the same for any number of processes.
@@ -649,7 +649,10 @@ def prepare_training(args, accelerator, unet, parameters, checkpoint, max_train_
     policy, prepared_optimizer = accelerator.prepare(unet, optimizer)
     register_lora_checkpointing(accelerator, unet)
     if checkpoint:
-        accelerator.load_state(checkpoint.folder)
+        try:
+            accelerator.load_state(checkpoint.folder)
+        except Exception as problem:  # damaged files fail in many kinds; torch goes on to advise an unsafe way
+            error(f"{checkpoint.folder} cannot be loaded: {one_line(problem).partition('. ')[0]}. Move it away")
         accelerator.step = 0  # checkpoints lie between steps, whatever the accumulation was
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)  # by this command's options, not by the checkpoint's
@@ -848,7 +851,7 @@ def main(argv=None):
         logger.info(f"The cache {cache.folder} {'is not filled yet' if is_stopping else 'holds what this run reads'}")
         load_data = partial(load, cache, collate_fn=collate_targets)
     if accelerator.is_main_process:
-        cut_metrics(output_dir / METRICS_FILE, step)
+        cut_metrics(output_dir / METRICS_FILE, step, logger.warning)
     if args.num_eval_pairs and not is_stopping:
         how = (training_timesteps, load_images, find_targets, note, eval_cache)
         held_out = hold_out(args, accelerator, eval_pairs, *how)
@@ -861,7 +864,7 @@ def main(argv=None):
 
     # Optimizer, trackers, validation
     policy, optimizer, lr_scheduler = prepare_training(
-        args, accelerator, base, lora_parameters, checkpoint, max_train_steps, visits_per_step
+        args, error, accelerator, base, lora_parameters, checkpoint, max_train_steps, visits_per_step
     )
     if args.report_to != "none":
         config = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from inversion_utils import BadRow, decode_image, is_within, one_line
+from inversion_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within, one_line
 
 # 1  Rows
 
@@ -533,7 +533,6 @@ def as_text(value: Any) -> str:
 
 # 3  Images
 
-MAX_IMAGE_BYTES = 2**28
 MAX_SECONDS = 60  # for reading from an address
 
 

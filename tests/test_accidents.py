@@ -26,8 +26,10 @@ from inversion_utils import (
     HeldOut,
     add_metrics,
     checksum_of,
+    damage_of,
     lock_output_dir,
     one_line,
+    read_metrics,
 )
 
 pytestmark = pytest.mark.usefixtures("without_report")
@@ -119,6 +121,7 @@ def test_latest_takes_the_newest_sound_checkpoint(train, three_steps, caplog, na
     damage(kind, folder / "checkpoint-3" / name)
     train(max_train_steps=3, **QUICK, **LATEST)
     assert_same(lora(folder), expected)
+    assert not any("step 0" in record.getMessage() for record in caplog.records)
     (line,) = [record.getMessage() for record in caplog.records if "checkpoint-3" in record.getMessage()]
     assert (name in line or name == CHECKSUMS_FILE) and "damaged-checkpoint-3" in line
     names = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
@@ -135,7 +138,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(refused, no_models, three
     )
 
 
-def test_without_a_sound_checkpoint_the_run_starts_anew_and_keeps_the_damaged_ones(train, three_steps):
+def test_without_a_sound_checkpoint_the_run_starts_anew_and_keeps_the_damaged_ones(train, three_steps, caplog):
     folder, expected = three_steps
     for i in (1, 2, 3):
         damage("empty", folder / f"checkpoint-{i}" / STATE_FILE)
@@ -143,6 +146,8 @@ def test_without_a_sound_checkpoint_the_run_starts_anew_and_keeps_the_damaged_on
     (folder / "damaged-checkpoint-3" / "mine").touch()
     train(max_train_steps=3, **QUICK, **LATEST)
     assert_same(lora(folder), expected)
+    assert sum("step 0" in record.getMessage() for record in caplog.records) == 1
+    assert not any("older" in record.getMessage() for record in caplog.records)
     names = {path.name for path in folder.iterdir() if path.name.startswith("damaged")}
     assert names == {f"damaged-checkpoint-{i}" for i in (1, 2, 3)} | {"damaged-checkpoint-3-again"}
 
@@ -156,7 +161,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin"])
-def test_nothing_in_a_checkpoint_is_run(train, three_steps, tmp_path, name):
+def test_nothing_in_a_checkpoint_is_run(train, refused, three_steps, tmp_path, name):
     """Even where the checksums agree: it is refused or left alone."""
     folder, _ = three_steps
     file = folder / "checkpoint-3" / name
@@ -164,9 +169,32 @@ def test_nothing_in_a_checkpoint_is_run(train, three_steps, tmp_path, name):
     pickle.loads(file.read_bytes())
     (tmp_path / "ran").unlink()  # so it would run
     write_json(folder / "checkpoint-3" / CHECKSUMS_FILE, **{name: checksum_of(file)})
-    with contextlib.suppress(Exception):
-        train(max_train_steps=4, **QUICK, **LATEST)
+    if name == "optimizer.bin":
+        message = refused(max_train_steps=4, **QUICK, **LATEST)
+        assert "checkpoint-3" in message and "weights_only" not in message
+    else:
+        with contextlib.suppress(Exception, SystemExit):
+            train(max_train_steps=4, **QUICK, **LATEST)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", [None, STATE_FILE, RAW_LORA_FILE, "optimizer.bin"])
+def test_a_list_of_checksums_that_lacks_files_is_damaged(three_steps, name):
+    file = three_steps[0] / "checkpoint-3" / CHECKSUMS_FILE
+    checksums = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in checksums.items() if name and k != name}))
+    assert CHECKSUMS_FILE in damage_of(file.parent)
+
+
+@pytest.mark.parametrize("damage", [b"\xff{", b"", b"[1]", b'{"step": "2"}', b'{"step": 2, "lost": 0.5}'])
+def test_a_damaged_line_of_metrics_is_left_out(train, three_steps, caplog, damage):
+    """In the last, a letter of a name is another one, which is noticed by nobody and stops nothing."""
+    file = three_steps[0] / METRICS_FILE
+    first, _, third, _ = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([first, damage, third, b""]))
+    train(max_train_steps=4, **QUICK, **LATEST)
+    assert [row["step"] for row in read_metrics(file)] == ([1, 2, 3, 4] if b"lost" in damage else [1, 3, 4])
+    assert any("1 damaged" in record.getMessage() for record in caplog.records) == (b"lost" not in damage)
 
 
 def test_a_full_disk_is_named_with_the_way_to_go_on(train, tmp_path, monkeypatch):

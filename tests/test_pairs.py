@@ -14,6 +14,7 @@ from conftest import assert_same, command_line, encode, logged, lora, pair_rows,
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+import inversion_utils
 import train_inversion_dpo
 from inversion_utils import (
     BadRow,
@@ -238,6 +239,15 @@ def test_only_files_within_the_datas_folder_are_read(tmp_path):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(encode(PILImage.new("RGB", (8, 8), "blue")) + bytes(2000))
+    save_paths(tmp_path, tmp_path / "large.png")
+    assert pairs_in(tmp_path, **WINNERS)[0]
+    monkeypatch.setattr(inversion_utils, "MAX_IMAGE_BYTES", 2000)
+    with pytest.raises(BadRow, match="2000 bytes"):
+        pairs_in(tmp_path, **WINNERS)[0]
 
 
 def test_an_image_folder_behind_a_link(tmp_path):

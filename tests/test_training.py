@@ -1,6 +1,5 @@
 """What a run can be trusted with: its LoRA, its checkpoints, its folder, and the signals that stop it."""
 
-import hashlib
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from inversion_utils import (
     add_metrics,
     backward_in_chunks,
     check_output_dir,
+    checksum_of,
     cut_metrics,
     encode_images,
     find_checkpoint,
@@ -164,7 +164,9 @@ def run_dir(tmp_path):
         (tmp_path / name).mkdir()
         state = {"step": 10, "visit": 40, "good_steps": 9, "num_pairs": 8, "options": {"rank": 4}, "skipped": {}}
         (tmp_path / name / STATE_FILE).write_text(json.dumps({**state, "lora_init": None}))
-        checksums = {STATE_FILE: hashlib.sha256((tmp_path / name / STATE_FILE).read_bytes()).hexdigest()}
+        for empty in (RAW_LORA_FILE, "optimizer.bin"):
+            (tmp_path / name / empty).touch()
+        checksums = {file.name: checksum_of(file) for file in (tmp_path / name).iterdir()}
         (tmp_path / name / CHECKSUMS_FILE).write_text(json.dumps(checksums))
     return tmp_path
 
@@ -202,7 +204,7 @@ def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
     with file.open("a") as stream:
         stream.write('{"step": 4')
     assert [row["step"] for row in read_metrics(file)] == [1, 2, 3]
-    cut_metrics(file, 2)
+    cut_metrics(file, 2, pytest.fail)
     rows = read_metrics(file)
     assert rows[0] == {"step": 1, "loss": 0.5} and rows[1]["step"] == 2 and rows[1]["loss"] != rows[1]["loss"]
     assert len(rows) == 2
