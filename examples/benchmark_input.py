@@ -32,6 +32,7 @@ from inversion_utils import (
     decode_image,
     load_pairs,
     number,
+    printable,
     resize_and_crop,
     visit_batches,
 )
@@ -118,7 +119,7 @@ def main(argv=None):
         try:
             pairs = load_pairs(train_args)
         except ValueError as problem:
-            error(str(problem))
+            error(printable(str(problem)))
         dataset = PreferenceDataset(
             pairs, train_args.resolution, 1, 0, train_args.random_crop, train_args.random_flip
         )  # fmt: skip

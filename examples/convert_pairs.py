@@ -277,7 +277,7 @@ def main(argv=None):
         error(f"--output_dir {args.output_dir}: {one_line(problem)}")
     files = sorted(Path(args.output_dir).glob("*.parquet"))
     more = f" and {len(rows.sources) - 1} more" if len(rows.sources) > 1 else ""
-    print(f"read from        {rows.sources[0]}{more}")
+    print(f"read from        {printable(rows.sources[0])}{more}")
     print(f"rows read        {report.num_rows}")
     ties = "ties among them" if args.tie_policy == "soft" else "ties left out"
     print(f"pairs written    {num_pairs}, {ties}: {report.num_ties}")

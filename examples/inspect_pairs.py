@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import BadRow, decode_image, load_pairs, number, one_line
+from inversion_utils import LONGEST_CAPTION, BadRow, decode_image, load_pairs, number, one_line, printable
 
 REPORT_FILE, PICTURE_FILE = "inspection.json", "pairs.png"
 SIDE = 224  # of a shown image
@@ -132,7 +132,9 @@ def inspect(pairs, args, tokenizers):
         **find_duplicates(looks),
     }
     if tokenizers:
-        lengths = [max(len(t(caption, verbose=False).input_ids) for t in tokenizers) for caption in captions]
+        lengths = [
+            max(len(t(caption[:LONGEST_CAPTION], verbose=False).input_ids) for t in tokenizers) for caption in captions
+        ]
         longest = min(tokenizer.model_max_length for tokenizer in tokenizers)
         report["caption lengths in tokens"] = quantiles(lengths)
         report["captions that are cut"] = f"{sum(n > longest for n in lengths)} of {len(lengths)} (over {longest})"
@@ -198,7 +200,7 @@ def main(argv=None):
         tokenizers = load_tokenizers(model, args.revision) if model else []
         pairs = load_pairs(args)
     except ValueError as problem:
-        error(str(problem))
+        error(printable(str(problem)))
     report, shown = inspect(pairs, args, tokenizers)
     for name, value in report.items():
         print(f"{name}: {value}")

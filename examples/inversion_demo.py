@@ -51,6 +51,7 @@ from inversion_utils import (
     noise_from_model_output,
     number,
     one_line,
+    printable,
     resize_and_crop,
 )
 
@@ -216,7 +217,7 @@ def main(argv=None):
     except BadRow as problem:
         error(f"--image {args.image}: {one_line(problem)}")
     except ValueError as problem:
-        error(str(problem))
+        error(printable(str(problem)))
     alphas_cumprod = noise_scheduler.alphas_cumprod
     last = int((alphas_cumprod > 0).sum()) - 1
     timestep = last if args.timestep is None else args.timestep

@@ -40,7 +40,7 @@ from sample_pairs import check_model, load_pipeline
 from scorers import NAMES, check_scorer, load_scorer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import number, write_whole
+from inversion_utils import number, one_line, printable, write_whole
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 SEED = 1_000_000  # far from the seeds of training pairs
@@ -396,7 +396,7 @@ def check_settings(folder, settings, error):
         try:
             write_whole(file, json.dumps(settings, indent=2).encode())
         except OSError as problem:
-            error(f"--output_dir {folder} cannot be written: {problem}")
+            error(f"--output_dir {folder} cannot be written: {one_line(problem)}")
 
 
 def main(argv=None):
@@ -413,12 +413,12 @@ def main(argv=None):
             try:
                 check_scorer(spec)
             except ValueError as problem:
-                error(f"--scorers {spec}: {problem}")
+                error(f"--scorers {spec}: {printable(str(problem))}")
         check_model("--base", args.base, "--lora", args.lora)
         check_settings(Path(args.output_dir), settings_of(args, prompts, scales), error)
         pipeline = load_pipeline("--base", args.base, "--lora", args.lora, getattr(torch, args.dtype), "judged")
     except ValueError as problem:
-        error(str(problem))
+        error(printable(str(problem)))
     folder, repeated = Path(args.output_dir), [prompt for prompt in prompts for _ in range(count)]
     seeds = [SEED * (args.seed + 1) + i for i in range(len(repeated))]
     sampling = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "batch_size")}
@@ -429,7 +429,7 @@ def main(argv=None):
         scorers = [load_scorer(spec, device) for spec in specs]
         figures, scores = judge(picture, repeated, scorers, scales, count, args.max_loss)
     except ValueError as problem:
-        error(f"--scorers: {problem}")
+        error(f"--scorers: {printable(str(problem))}")
     about = {"scales": scales, "prompts": len(prompts), "images_per_prompt": count, "not_run": not_run}
     figures = {"base": args.base, "lora": args.lora, **about, **figures}
     title = f"{Path(args.lora).name} on {Path(args.base).name}"

@@ -314,7 +314,8 @@ def rows_of_folders(folder: Path, image_columns: Sequence[str], caption_column: 
             row = {**known.get(name, {}), **{column: files.get(name) for column, files in images.items()}}
             for text in (folder / place / f"{name}.txt" for place in (*image_columns, ".")):
                 if caption_column not in row and text.is_file():
-                    row[caption_column] = text.read_text(encoding="utf-8-sig").strip()
+                    # What is not UTF-8 is kept as halves of characters, which `captions` refuses, for this row only.
+                    row[caption_column] = text.read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
             yield Row(name, folder, {caption_column: None, **row})
 
     return Rows.of(read(), {}, [folder / column for column in image_columns])

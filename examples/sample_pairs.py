@@ -36,7 +36,7 @@ from prompt_sources import read_prompts
 from scorers import check_scorer, load_scorer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import number, one_line
+from inversion_utils import number, one_line, printable
 
 
 def check_model(model_option, model, lora_option=None, lora=None):
@@ -130,7 +130,7 @@ def main(argv=None):
             try:
                 check_scorer(args.scorer)
             except ValueError as problem:
-                error(f"--scorer {args.scorer}: {problem}")
+                error(f"--scorer {args.scorer}: {printable(str(problem))}")
             check_model("--model", args.model, "--lora", args.lora)
         else:
             check_model("--winner_model", args.winner_model, "--winner_lora", args.winner_lora)
@@ -142,7 +142,7 @@ def main(argv=None):
             if writer.num_pairs == 0:
                 raise ValueError(f"no pair is left of {len(captions)}: {dict(left_out)}")
     except ValueError as problem:
-        error(str(problem))
+        error(printable(str(problem)))
     reasons = "".join(f", {count} {reason}" for reason, count in left_out.items())
     print(f"wrote {writer.num_pairs} pairs of {len(prompts)} prompts to {args.output_dir}; "
           f"{left_out.total()} left out{reasons}")  # fmt: skip

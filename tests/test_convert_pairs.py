@@ -317,6 +317,16 @@ def test_two_folders_of_equal_names(captions, convert, refused, tmp_path):
             assert "--train_data_dir" in refused(folder, *WINNERS)
 
 
+def test_a_caption_file_that_is_not_utf8_is_a_bad_row_with_its_name(convert, tmp_path, capsys):
+    folder = write_folders(tmp_path / "in\x1b[31m")
+    for name, text in (("v1.0", b"v1.0"), ("b", "Käse".encode("latin-1"))):
+        (folder / "deep" / f"{name}.txt").parent.mkdir(exist_ok=True)
+        (folder / "deep" / f"{name}.txt").write_bytes(text)
+    assert_winners(convert(folder, *WINNERS, "--max_bad_fraction", 0.5), ("best", "worst", "v1.0"))
+    output = capsys.readouterr().out
+    assert "left out: deep/b: caption" in output and "[31m" in output and "\x1b" not in output
+
+
 def test_folders_behind_links(convert, tmp_path):
     """The folder itself and those within it: what the links' owner put there is not outside."""
     write_folders(tmp_path / "real", names=("a",))

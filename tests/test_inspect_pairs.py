@@ -117,3 +117,14 @@ def test_bad_input_is_refused_and_nothing_overwritten(refused, tmp_path):
         assert named in refused(rows, *options)
     assert "unreadable image" in refused([{**rows[0], "jpg_0": b"damaged"}])
     assert not (tmp_path / "look").exists()
+
+
+def test_names_in_the_data_do_not_reach_the_terminal_as_they_are(refused):
+    message = refused([{**row, "\x1b]0;title\x07": 1} for row in pair_rows(2)], "--label_column", "better")
+    assert "--label_column better" in message and "title" in message and "\x1b" not in message
+
+
+def test_a_caption_of_megabytes_is_cut_before_it_is_tokenized(inspect, tiny_model):
+    rows = [{**row, "caption": "a " * 5000} for row in pair_rows(2)]
+    report, _ = inspect(rows, "--pretrained_model_name_or_path", tiny_model)
+    assert "2002" in report["caption lengths in tokens"] and report["captions that are cut"].startswith("2 of 2")
