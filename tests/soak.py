@@ -16,7 +16,7 @@ from conftest import ONE_THREAD, ROOT, build_pipeline, command_line, pair_rows, 
 from hub_server import HubServer
 from safetensors.torch import load_file
 
-from inversion_utils import BEST_DIR, LORA_FILE, METRICS_FILE
+from inversion_utils import BEST_DIR, LORA_FILE, METRICS_FILE, VALIDATION_DIR, read_metrics
 
 OPTIONS = {
     "resolution": 32, "train_batch_size": 2, "max_train_steps": 120, "rank": 4, "report_to": "none",
@@ -36,10 +36,15 @@ def command(folder, output, processes=1, **options):
     return [sys.executable, *launcher, str(ROOT / "train_inversion_dpo.py"), *command_line(**options)]
 
 
-def phase_of(log, folder):
-    """Where a run is, by its log and its folder."""
-    if any(folder.glob("partial-checkpoint-*")):
+def phase_of(log, folder, started):
+    """Where a run was killed, by its log, its folder and the time when it started."""
+    if any(partial.stat().st_mtime > started for partial in folder.glob("partial-checkpoint-*")):
         return "saving"
+    step = [0, *(row["step"] for row in read_metrics(folder / METRICS_FILE))][-1]
+    is_due = step and step % OPTIONS["validation_steps"] == 0 and f"checkpoint-{step}" not in log  # not resumed from
+    is_saved = (folder / f"checkpoint-{step}").exists()
+    if is_due and is_saved and not (folder / VALIDATION_DIR / f"step-{step:06}-prompt-0.png").exists():
+        return "sampling"
     found = {name: log.rfind(word) for word, name in PHASES.items()}
     last = max(found, key=found.get)
     return last if found[last] >= 0 else "starting"
@@ -50,6 +55,7 @@ def kill_until_done(folder, output, env, kills, processes, **options):
     counts, longest = Counter(), 9.0 if processes == 1 else 16.0
     while True:
         log = folder / f"{output}.log"
+        started = time.time()
         with log.open("w") as stream:
             run = subprocess.Popen(
                 command(folder, output, processes, **options), env=env, stdout=stream, stderr=stream,
@@ -60,9 +66,9 @@ def kill_until_done(folder, output, env, kills, processes, **options):
                 longest = 300
             run.wait(timeout=random.uniform(0.3 * longest, longest))
         except subprocess.TimeoutExpired:
-            counts[phase_of(log.read_text(), folder / output)] += 1
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
+            counts[phase_of(log.read_text(), folder / output, started)] += 1
             continue
         if run.returncode:
             raise SystemExit(f"a run failed:\n{log.read_text()[-3000:]}")

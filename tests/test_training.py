@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+import soak
 import torch
 from accelerate import Accelerator
 from accelerate.utils.other import load as accelerate_load
@@ -253,6 +254,22 @@ def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path
     """As all ranks of a run do at the same moment."""
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: check_output_dir(tmp_path, None, {}), range(200)))
+
+
+def test_the_soak_knows_in_which_phase_it_kills(tmp_path):
+    log = "INFO Pairs: 8"
+    (tmp_path / METRICS_FILE).write_text('{"step": 20}\n')
+    assert soak.phase_of(log, tmp_path, 0) == "training"
+    (tmp_path / "checkpoint-20").mkdir()
+    assert soak.phase_of(log, tmp_path, 0) == "sampling"
+    assert soak.phase_of(f"Resuming from checkpoint-20\n{log}", tmp_path, 0) == "training"
+    (tmp_path / "validation").mkdir()
+    (tmp_path / "validation" / "step-000020-prompt-0.png").touch()
+    assert soak.phase_of(log, tmp_path, 0) == "training"
+    (tmp_path / "partial-checkpoint-22").mkdir()
+    assert soak.phase_of(log, tmp_path, 0) == "saving"
+    os.utime(tmp_path / "partial-checkpoint-22", (1, 1))  # of an earlier kill
+    assert soak.phase_of(log, tmp_path, 2) == "training"
 
 
 # Signals
