@@ -281,7 +281,7 @@ def train_rival(script, options, step, end_step):
         pin_memory=DEVICE == "cuda",
     )
     policy, optimizer, _ = script.prepare_training(
-        args, accelerator, unet, parameters, None, args.max_train_steps, args.train_batch_size
+        args, error, accelerator, unet, parameters, None, args.max_train_steps, args.train_batch_size
     )
     policy.train()
     abar = script.read_configs(args)[0].alphas_cumprod
