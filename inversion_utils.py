@@ -1556,18 +1556,20 @@ def cut_metrics(file: Path, step: int, warn: Callable[[str], None]) -> None:
         write_whole(file, b"".join(kept))
 
 
-def best_margin(output_dir: Path) -> float:
-    """Returns the margin of the LoRA in best/, 0 without one; removes one of a step that a resumed run takes again."""
+def best_margin(file: Path, step: int) -> float:
+    """Returns the margin of the best LoRA, 0 if unknown; removes one whose step is beyond the one to go on from."""
     from safetensors import SafetensorError, safe_open
 
-    rows = {str(row["step"]): row for row in read_metrics(output_dir / METRICS_FILE)}
     try:
-        with safe_open(output_dir / BEST_DIR / LORA_FILE, "pt") as stored:
-            return rows[stored.metadata()["step"]]["eval/margins"]
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(file, "pt") as stored:
+            about = stored.metadata() or {}
+        if int(about["step"]) <= step:
+            return float(about["margin"])
         if is_main_process():
-            shutil.rmtree(output_dir / BEST_DIR, ignore_errors=True)
-        return 0.0
+            file.unlink()
+    except (OSError, SafetensorError, KeyError):
+        pass
+    return 0.0
 
 
 class HeldOut:

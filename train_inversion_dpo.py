@@ -565,7 +565,7 @@ def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note
     return bool(accelerator.reduce(torch.tensor(float(stop.received), device=accelerator.device)) > 0)
 
 
-def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, note, cache):
+def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targets, note, cache):
     """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band."""
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
@@ -595,7 +595,7 @@ def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, n
         raise RuntimeError(f"no held-out pair can be used: {NOT_FINITE}")
     edges = [training_timesteps[[m * last // num_bands, (m + 1) * last // num_bands - 1]] for m in range(num_bands)]
     bands = [f"{int(first)}-{int(end)}" for first, end in edges]
-    return HeldOut(targets, bands, args.beta_dpo, best_margin(Path(args.output_dir)))
+    return HeldOut(targets, bands, args.beta_dpo, best_margin(Path(args.output_dir, BEST_DIR, LORA_FILE), step))
 
 
 def prepare_training(args, error, accelerator, unet, parameters, checkpoint, max_train_steps, visits_per_step):
@@ -648,14 +648,14 @@ def make_validation(args, accelerator, *parts):
     )  # fmt: skip
 
 
-def save_lora(args, unet, folder, best_step=None):
-    """Writes the LoRA that was trained, or the best one so far with its step, and returns it."""
-    lora, about = lora_weights(unet), {"step": str(best_step)} if best_step else {}
+def save_lora(args, unet, folder, **about):
+    """Writes the LoRA that was trained, or the best one so far with its step and margin, and returns it."""
+    lora = lora_weights(unet)
     with writing(folder / LORA_FILE):
         write_lora(folder / LORA_FILE, lora, **about)
-        if args.output_kohya_format and not best_step:
+        if args.output_kohya_format and not about:
             write_kohya(folder / KOHYA_FILE, lora, unet.config)
-    if not best_step:
+    if not about:
         logger.info(f"Saved {folder / LORA_FILE}")
     return lora
 
@@ -826,7 +826,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         cut_metrics(output_dir / METRICS_FILE, step, logger.warning)
     if args.num_eval_pairs and not is_stopping:
-        how = (training_timesteps, load_images, find_targets, note, eval_cache)
+        how = (step, training_timesteps, load_images, find_targets, note, eval_cache)
         held_out = hold_out(args, accelerator, eval_pairs, *how)
     if is_stopping or args.precompute_only:
         stop.restore()
@@ -910,7 +910,7 @@ def main(argv=None):
             if line := held_out.note(logs, step):
                 logger.warning(line)
             if args.save_best and held_out.is_best(logs) and accelerator.is_main_process:
-                save_lora(args, base, output_dir / BEST_DIR, step)
+                save_lora(args, base, output_dir / BEST_DIR, step=str(step), margin=str(held_out.best))
         accelerator.log(logs, step=step)
         if accelerator.is_main_process:
             add_metrics(output_dir / METRICS_FILE, step, logs)
@@ -945,7 +945,7 @@ def main(argv=None):
         logger.warning(f"Stopped after step {step}; go on with --resume_from_checkpoint latest")
         exit_code = 128 + (stop.received or signal.SIGTERM)  # as a shell reports a signal
     elif accelerator.is_main_process:
-        if args.save_best and not held_out.best:
+        if args.save_best and not (output_dir / BEST_DIR / LORA_FILE).exists():
             logger.warning(f"{BEST_DIR}/ is empty: no margin was above 0 with the winners' error within the limit")
         lora, files = save_lora(args, base, output_dir), []
         if validation:

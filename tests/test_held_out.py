@@ -198,6 +198,11 @@ def test_best_and_the_remembered_margin_agree_after_a_restart(train, without_rep
     assert best(run(0.5, 0.6, 0.1, output="b", **resume)) == "5"  # of another machine, say
     shutil.rmtree(folder / "checkpoint-6")
     assert best(run(0.2, 0.3, 0.4, output="b", **resume)) == "6"
+    (folder / METRICS_FILE).unlink()  # lost, which is no reason to lose best/
+    assert best(run(output="b", **resume)) == "6"
+    (folder / BEST_DIR / LORA_FILE).write_bytes((folder / LORA_FILE).read_bytes())  # of a version without its margin
+    run(output="b", **resume)
+    assert (folder / BEST_DIR / LORA_FILE).exists()
     assert not any("best/" in record.getMessage() for record in caplog.records)
     run(*[1.0] * 6, output="c", winner=1.0, save_best=True)
     assert sum("best/ is empty" in record.getMessage() for record in caplog.records) == 1
