@@ -576,12 +576,13 @@ def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targ
         note(batch["skipped"])
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
+        finite = found.usable & finite_pairs(found.reference_error.T)  # the inversion may overflow, too
         # An unreadable row was replaced by the next, which is held out, too, and would be counted twice.
-        rows = zip(batch["keys"], batch["rows"], found.usable.tolist(), strict=False)
+        rows = zip(batch["keys"], batch["rows"], finite.tolist(), strict=False)
         rows = [(row, row == pairs.row_name(key[1]), is_finite) for key, row, is_finite in rows]
         note((row, NOT_FINITE) for row, is_own, is_finite in rows if is_own and not is_finite)
-        is_own = torch.tensor([is_own for _, is_own, _ in rows] * 2, device=found.usable.device)
-        found = found._replace(usable=found.usable & is_own)
+        is_own = torch.tensor([is_own for _, is_own, _ in rows] * 2, device=finite.device)
+        found = found._replace(usable=finite & is_own)
         if cache:
             cache.unusable |= {batch["keys"][i][1:] for i in cache.save(batch["keys"], found)}
         else:

@@ -247,6 +247,25 @@ def test_held_out_pairs_that_overflow(train, script, without_report, tmp_path, m
         train(train_data_dir=write_parquet(rows, tmp_path / "data"), **QUICK, **EVAL, **options)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_held_out_pair_whose_inversion_overflows_is_left_out(
+    train, script, without_report, tmp_path, monkeypatch, cache
+):
+    invert = script.invert
+
+    def overflow(predict, latents, *rest, **options):
+        trajectory = invert(predict, latents, *rest, **options)
+        if len(trajectory.noise) == 5:  # of held-out pairs
+            trajectory.noise[0, 0] = float("inf")
+        return trajectory
+
+    monkeypatch.setattr(script, "invert", overflow)
+    options = {"inversion_cache_dir": tmp_path / "cache"} if cache else {}
+    output_dir = train(**QUICK, **EVAL, **options, train_batch_size=3)
+    assert all(np.isfinite(list(row.values())).all() for row in evaluated(output_dir))
+    assert json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] == 1
+
+
 def test_a_report_of_a_run_whose_bands_changed(tmp_path):
     rows = [{"step": i, "loss": 0.5, "rewards/accuracies": 0.5, "rewards/margins": 0.0, "rewards/chosen": 0.0,
              "rewards/rejected": 0.0, "policy_error": 1.0, "reference_error": 1.0} for i in range(4)]  # fmt: skip
