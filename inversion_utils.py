@@ -1374,7 +1374,7 @@ def find_checkpoint(
                     aside = aside.with_name(f"{aside.name}-again")
                 folder.rename(aside)
                 note(f"{folder.name}: {damage}; it is now {aside.name}")
-                _ = checkpoints or note("no sound checkpoint is left: the run starts at step 0")
+                _ = checkpoints or note("no sound checkpoint is left, so a run starts at step 0")
         if not checkpoints:
             return None
     named = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]
@@ -1551,7 +1551,7 @@ def cut_metrics(file: Path, step: int, warn: Callable[[str], None]) -> None:
         lines = file.read_bytes().split(b"\n")[:-1]
         rows = [_metrics_in(line) for line in lines]
         if None in rows:
-            warn(f"{file}: {rows.count(None)} damaged lines are left out")
+            warn(f"{file}: damaged lines left out: {rows.count(None)}")
         kept = [line + b"\n" for line, row in zip(lines, rows, strict=True) if row and row["step"] <= step]
         write_whole(file, b"".join(kept))
 

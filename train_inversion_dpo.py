@@ -626,7 +626,7 @@ def prepare_training(args, error, accelerator, unet, parameters, checkpoint, max
         try:
             accelerator.load_state(checkpoint.folder)
         except Exception as problem:  # damaged files fail in many kinds; torch goes on to advise an unsafe way
-            error(f"{checkpoint.folder} cannot be loaded: {one_line(problem).partition('. ')[0]}. Move it away")
+            error(f"{checkpoint.folder} cannot be loaded: {one_line(problem).partition('. ')[0]}")
         accelerator.step = 0  # checkpoints lie between steps, whatever the accumulation was
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)  # by this command's options, not by the checkpoint's
@@ -735,7 +735,7 @@ def main(argv=None):
         text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
         base = load_unet(args, weight_dtype)
     except Exception as problem:  # damaged files fail in many kinds
-        hint = ". Is it there as --variant fp16 only?" if "file named" in str(problem) and not args.variant else ""
+        hint = ". Does it exist with --variant fp16 only?" if "file named" in str(problem) and not args.variant else ""
         error(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be used: "
               f"{one_line(problem)}{hint}")  # fmt: skip
     for module in (base,) if args.offload or not has_encoders else (base, vae, *text_encoders):
