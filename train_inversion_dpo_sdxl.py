@@ -572,13 +572,18 @@ def draws_to_read(args, batches, num_pairs, visit, count):
     return list(dict.fromkeys(key[1:] for ((key, _),) in visits))
 
 
-def batches_of(items, batch_size):
-    return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+def batches_of(items, batch_size, wanted):
+    """Cuts items into batches and returns those that hold a wanted one.
+
+    So an item's batch, and with it the last bits of its targets, are the same whatever has been found already.
+    """
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    return [batch for batch in batches if not set(wanted).isdisjoint(batch)]
 
 
-def fill_cache(accelerator, cache, missing, batch_size, load, find_targets, note, stop):
+def fill_cache(accelerator, cache, batches, load, find_targets, note, stop):
     """Computes the targets that this process's share of the cache lacks; returns whether a signal came first."""
-    batches = batches_of([((3, place, draw), place) for place, draw in missing], batch_size)
+    batches = [[((3, place, draw), place) for place, draw in batch] for batch in batches]
     is_hidden = not batches or not accelerator.is_local_main_process
     for batch in tqdm(load(batch_sampler=batches), total=len(batches), desc="Caching", disable=is_hidden):
         not_finite = cache.save(batch["keys"], find_targets(batch))
@@ -598,8 +603,11 @@ def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targ
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
     missing = [place for place, _ in cache.missing([(x, 0) for x in places], lambda _: None)] if cache else places
-    batches = batches_of([((5, place, 0), place) for place in missing], args.train_batch_size)
-    for batch in load(dataset, batch_sampler=batches):
+
+    def batches(places, wanted):
+        return [[((5, x, 0), x) for x in batch] for batch in batches_of(places, args.train_batch_size, wanted)]
+
+    for batch in load(dataset, batch_sampler=batches(places, missing)):
         note(batch["skipped"])
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
@@ -616,8 +624,8 @@ def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targ
             targets.append(send_to_device(found, "cpu"))
     if cache:
         usable = [place for place in places if (place, 0) not in cache.unusable]
-        batches = batches_of([((5, place, 0), place) for place in usable], args.train_batch_size)
-        targets = [batch["targets"] for batch in load(cache, batch_sampler=batches, collate_fn=collate_targets)]
+        stored = load(cache, batch_sampler=batches(usable, usable), collate_fn=collate_targets)
+        targets = [batch["targets"] for batch in stored]
     count = torch.tensor(float(sum(batch.usable.sum() for batch in targets)), device=accelerator.device)
     if not accelerator.reduce(count):
         raise RuntimeError(f"no held-out pair can be used: {NOT_FINITE}")
@@ -752,7 +760,8 @@ def main(argv=None):
             configs = (pipeline_config, noise_scheduler.config)
             cache = open_cache(args, pairs, training_timesteps, weight_dtype, fingerprints, configs, lora_hash)
             draws = draws_to_read(args, batches, len(pairs), visit, visits_per_step * (max_train_steps - step))
-            missing = cache.missing(draws[rank::num_processes], warn)
+            draws = draws[rank::num_processes]
+            missing = cache.missing(draws, warn)
             eval_cache = cache.part("held-out")
             eval_missing = eval_cache.missing([(place, 0) for place in range(args.num_eval_pairs)], warn)
     except OSError as problem:
@@ -847,7 +856,7 @@ def main(argv=None):
     load_data, is_stopping, held_out = partial(load_images, train_dataset), False, None
     if cache:
         is_stopping = fill_cache(
-            accelerator, cache, missing, args.train_batch_size, load_data, find_targets, note, stop
+            accelerator, cache, batches_of(draws, args.train_batch_size, missing), load_data, find_targets, note, stop
         )
         logger.info(f"The cache {cache.folder} {'is not filled yet' if is_stopping else 'holds what this run reads'}")
         load_data = partial(load, cache, collate_fn=collate_targets)
