@@ -63,7 +63,7 @@ def kill_until_done(folder, output, env, kills, processes, **options):
             )  # fmt: skip
         try:
             if counts.total() >= kills:
-                longest = 300
+                longest = 1000
             run.wait(timeout=random.uniform(0.3 * longest, longest))
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
@@ -98,7 +98,8 @@ def soak_kills(folder, kills):
                 whole[kind] = folder / kind.replace(" ", "-")
             cache = {"inversion_cache_dir": folder / f"cache {number}"} if cached else {}
             broken = folder / f"broken-{number}"
-            total += kill_until_done(folder, broken.name, env, kills - total.total(), processes, **cache)
+            share = min(kills - total.total(), -(-kills // 4))  # four runs at least, also on a slow machine
+            total += kill_until_done(folder, broken.name, env, share, processes, **cache)
             for name in (LORA_FILE, f"{BEST_DIR}/{LORA_FILE}"):
                 if (whole[kind] / name).exists() or (broken / name).exists():
                     difference = largest_difference(broken / name, whole[kind] / name)
