@@ -188,8 +188,8 @@ def parse_args(argv=None):
     add("--dataloader_num_workers", type=natural, default=0, help="processes that load images; 0: the main one")
 
     add = parser.add_argument_group("objective and inversion").add_argument
-    add("--objective", choices=["inversion_dpo", "inpo", "diffusion_dpo"], default="inversion_dpo",
-        help="what is compared: the mean over an inversion trajectory, single inverted states, or plain forward noise")
+    add("--objective", choices=["inpo", "inversion_dpo", "diffusion_dpo"], default="inpo",
+        help="what is compared: single inverted states, the mean over an inversion trajectory, or plain forward noise")
     add("--timesteps_per_pair", type=count,
         help="targets per pair; more are steadier and slower (4 for inversion_dpo, else 1)")
     add("--min_timestep", type=natural, default=0, help="lowest training timestep")

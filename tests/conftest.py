@@ -186,6 +186,7 @@ def train(script, tiny_model, pairs_dir, tmp_path):
         defaults = {
             "pretrained_model_name_or_path": tiny_model, "train_data_dir": pairs_dir, "output_dir": output_dir,
             "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "rank": 4, "report_to": "none",
+            "objective": "inversion_dpo",  # of the three the one with the most parts
         }  # fmt: skip
         argv = command_line(**{**defaults, **options})
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -58,7 +58,7 @@ def test_a_runs_own_configuration_repeats_it(train, tmp_path):
         validation_prompts=prompts, validation_inference_steps=1, num_validation_images=1,
     )  # fmt: skip
     nothing = dict.fromkeys(["pretrained_model_name_or_path", "train_data_dir", "resolution", "train_batch_size"])
-    nothing |= dict.fromkeys(["max_train_steps", "rank", "report_to"])
+    nothing |= dict.fromkeys(["max_train_steps", "rank", "report_to", "objective"])
     second = train("second", config=first / "training_config.json", **nothing)
     assert_same(lora(second), lora(first))
     records = [json.loads((folder / "training_config.json").read_text())["options"] for folder in (first, second)]

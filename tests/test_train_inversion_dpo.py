@@ -307,7 +307,7 @@ def test_copied_alone_and_launched_in_two_processes_it_equals_one(train, tiny_mo
     """
     method = {"trajectory_chunk": 3, "max_train_steps": 3, "max_train_samples": 7, "lr_scheduler": "linear", **LINEAR}
     method |= {"lora_init": train("init", **LINEAR), "reference": "init", "rank": None}
-    method |= {"num_eval_pairs": 1, "eval_steps": 3}
+    method |= {"num_eval_pairs": 1, "eval_steps": 3, "objective": "inversion_dpo"}
     one = train("one", train_batch_size=8, **method)
     for name in ("train_inversion_dpo.py", "inversion_utils.py"):
         shutil.copy(ROOT / name, tmp_path)
