@@ -1,10 +1,12 @@
-"""Compare a LoRA with its base model in the small world: judge_lora.py with held-out captions and programmed judges.
+"""Compare a LoRA with its base model in the small world: what it gains and what it spoils, at several scales.
 
     python examples/evaluate.py --model examples/small_world_model --lora aligned --preference area --output_dir out
 
-Prints and writes to `<output_dir>/evaluation.json` how often the aligned picture beats the base picture (a tie counts
-half) with a 95 % interval, the mean score before and after, and the share of pictures that obey their caption.
-`<output_dir>/before_after.png` shows some of them.
+Samples held-out captions at several scales of the LoRA and prints for each the mean score of the preference, its gain,
+how often the aligned picture beats the base picture (a tie counts half), damage, the change of sharpness, and the
+share of captions obeyed. Damage is the larger of two: how much farther pictures are from drawings (damage.py), and how
+much sharpness they have lost. The recommended scale is that of most gain within 5 % damage. Writes `evaluation.json`
+and `before_after.png`, pictures at scales 0, 0.5, 1 and the recommended one.
 """
 
 import argparse
@@ -12,13 +14,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import damage
 import numpy as np
 import small_world
-from judge_lora import SEED, judge, sample_scales
+from judge_lora import SCALES, SEED, compare, sample_scales
 from make_pairs import add_sampling_options, check_options, load_pipeline, sample_pictures
 from PIL import Image, ImageDraw, ImageFont
-from scorers import of_function
+
+MAX_DAMAGE = 0.05
 
 
 def held_out(num_images, seed=0):
@@ -33,52 +38,76 @@ def sample_held_out(pipeline, num_images, seed=0, **sampling):
     return sample_pictures(pipeline, captions, seeds, **sampling), captions
 
 
-def compare(before, after, captions, preference):
-    """Win rate, scores and obeyed captions of pictures `after` against `before`, which share caption and seed."""
-    functions = {"score": small_world.PREFERENCES[preference], "captions_obeyed": small_world.follows_caption}
-    scorers = [of_function(name, function) for name, function in functions.items()]
-    pictures = (before, after)
-    figures, _ = judge(lambda s, i: Image.fromarray(np.asarray(pictures[s][i])), captions, scorers, [0.0, 1.0], 1, 0.2)
-    result = figures["scorers"]["score"]["1"]
-    means = {
-        f"{name}_{when}": figures["scorers"][name][scale]["mean"]
-        for name in functions for when, scale in (("before", "0"), ("after", "1"))
-    }  # fmt: skip
-    names = ("win_rate", "win_rate_interval", "gain", "gain_interval", "p")
-    return {"preference": preference, "num_images": len(captions), **{name: result[name] for name in names}, **means}
+class Looks(NamedTuple):
+    """What N pictures show: scores {attribute: (N,)}, whether captions are obeyed (N,), and the nearest drawings."""
+
+    scores: dict[str, np.ndarray]
+    is_obeyed: np.ndarray
+    fit: damage.Fit
 
 
-def draw_before_after(before, after, captions, result, num_columns=5, num_rows=2, zoom=3):
-    """Rows of captioned columns, each a base picture above the aligned picture of the same caption and seed.
+def look_at(pictures, captions):
+    """Judges pictures, uint8 (N, 64, 64, 3)."""
+    scores = {
+        name: np.array([score(picture) for picture in pictures]) for name, score in small_world.PREFERENCES.items()
+    }
+    is_obeyed = [small_world.follows_caption(*pair) for pair in zip(pictures, captions, strict=True)]
+    return Looks(scores, np.array(is_obeyed), damage.fit_drawings(pictures, captions))
 
-    `before` and `after` hold PIL images, `result` is what `compare` returns.
+
+def first(looks, count):
+    """The first pictures of these."""
+    fit = damage.Fit(*(values[:count] for values in looks.fit))
+    return Looks({name: values[:count] for name, values in looks.scores.items()}, looks.is_obeyed[:count], fit)
+
+
+def compare_looks(after, before, preference):
+    """Gain in what is preferred and what it cost, for pictures of the same captions and seeds.
+
+    Returns score, the mean; gain and win_rate, each with its interval, see judge_lora.py; damage and its two parts,
+    ratios to the base model; captions_obeyed; and drift_<attribute>, the change of each attribute's mean in standard
+    deviations of the base model's pictures.
     """
-    side, gap, label_width, label_height, header = small_world.SIZE * zoom, 6, 92, 26, 84
-    num_columns = min(num_columns, len(captions))
-    num_rows = max(1, min(num_rows, len(captions) // num_columns))
-    row_height = label_height + 2 * side + gap + 14
-    canvas = Image.new("RGB", (label_width + num_columns * (side + gap) + 8, header + num_rows * row_height), "white")
-    pen, font, large = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(24)
+    wanted = compare(after.scores[preference][:, None], before.scores[preference][:, None])
+    names = ("gain", "gain_interval", "win_rate", "win_rate_interval")
+    distance_ratio = damage.distance_ratio(after.fit, before.fit)
+    sharpness_ratio = float(after.scores["sharpness"].mean() / before.scores["sharpness"].mean())
+    change = {name: after.scores[name].mean() - before.scores[name].mean() for name in before.scores}
+    return {
+        "score": wanted["mean"],
+        **{name: wanted[name] for name in names},
+        "damage": max(distance_ratio, 2 - sharpness_ratio),
+        "distance_ratio": distance_ratio,
+        "sharpness_ratio": sharpness_ratio,
+        "captions_obeyed": float(after.is_obeyed.mean()),
+        **{f"drift_{name}": float(change[name] / before.scores[name].std()) for name in change},
+    }
 
-    low, high = result["win_rate_interval"]
-    pen.text((14, 10), f"Preference: {result['preference']}", fill="black", font=large)
-    pen.text(
-        (14, 44),
-        f"aligned beats base in {result['win_rate']:.1%} of {result['num_images']} held-out samples "
-        f"(95 % interval {low:.1%} to {high:.1%}); captions obeyed: {result['captions_obeyed_before']:.1%} before, "
-        f"{result['captions_obeyed_after']:.1%} after",
-        fill="#444444",
-        font=font,
-    )
-    for i in range(num_rows * num_columns):
-        row, column = divmod(i, num_columns)
-        x, y = label_width + column * (side + gap), header + row * row_height
-        pen.text((x + side / 2, y + 4), captions[i], fill="black", font=font, anchor="ma")
-        for k, (name, pictures) in enumerate((("base", before), ("aligned", after))):
-            top = y + label_height + k * (side + gap)
-            canvas.paste(pictures[i].resize((side, side), Image.Resampling.BICUBIC), (x, top))
-            if column == 0:
-                pen.text((label_width - 10, top + side / 2), name, fill="black", font=font, anchor="rm")
+
+def recommend(results):
+    """The scale of most gain within the damage limit, for {scale: `compare_looks`}; 0.0 if none gains."""
+    gains = {scale: result["gain"] for scale, result in results.items() if result["damage"] <= 1 + MAX_DAMAGE}
+    return max(gains, key=gains.get) if max(gains.values(), default=0) > 0 else 0.0
+
+
+def draw_before_after(rows, captions, title, subtitle, num_columns=10, zoom=2):
+    """Columns of pictures of one caption and seed; `rows` are (label, PIL images)."""
+    side, gap, label_width, header = small_world.SIZE * zoom, 6, 150, 108
+    num_columns = min(num_columns, len(captions))
+    size = (label_width + num_columns * (side + gap) + 8, header + len(rows) * (side + gap) + 8)
+    canvas = Image.new("RGB", size, "white")
+    pen, font, large = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(24)
+    pen.text((14, 10), title, fill="black", font=large)
+    pen.text((14, 44), subtitle, fill="#444444", font=font)
+    for column in range(num_columns):
+        x = label_width + column * (side + gap)
+        pen.text((x + side / 2, header - 24), captions[column], fill="black", font=font, anchor="ma")
+        for row, (_, pictures) in enumerate(rows):
+            picture = pictures[column].resize((side, side), Image.Resampling.BICUBIC)
+            canvas.paste(picture, (x, header + row * (side + gap)))
+    for row, (label, _) in enumerate(rows):
+        at = (label_width - 10, header + row * (side + gap) + side / 2)
+        pen.multiline_text(at, label, fill="black", font=font, anchor="rm", align="right")
     return canvas
 
 
@@ -91,7 +120,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output_dir", type=path, required=True, help="Folder for evaluation.json and before_after.png"
     )
-    parser.add_argument("--num_images", type=int, default=256, help="More: a narrower interval")
+    parser.add_argument("--num_images", type=int, default=128, help="More: a narrower interval")
     add_sampling_options(parser)
     args = parser.parse_args(argv)
     check_options(parser, args, "evaluation.json", "num_images")
@@ -105,23 +134,42 @@ def main(args):
     pipeline, (captions, seeds) = load_pipeline(args.model), held_out(args.num_images, args.seed)
     pipeline.load_lora_weights(args.lora, adapter_name="judged")
     with tempfile.TemporaryDirectory() as folder:
-        picture = sample_scales(pipeline, [0.0, 1.0], captions, seeds, folder, sampling)
-        before, after = ([picture(s, i) for i in range(len(captions))] for s in (0, 1))
+        picture = sample_scales(pipeline, SCALES, captions, seeds, folder, sampling)
+        pictures = {scale: [picture(s, i) for i in range(len(captions))] for s, scale in enumerate(SCALES)}
+    looks = {scale: look_at([np.asarray(image) for image in images], captions) for scale, images in pictures.items()}
+    results = {scale: compare_looks(looks[scale], looks[0.0], args.preference) for scale in SCALES}
+    scale = recommend({scale: results[scale] for scale in SCALES if scale})
+    found = results[scale]
 
-    result = compare(before, after, captions, args.preference)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    draw_before_after(before, after, captions, result).save(output_dir / "before_after.png")
-    (output_dir / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-
-    (low, high), (least, most) = result["win_rate_interval"], result["gain_interval"]
-    print(f"win rate         {result['win_rate']:.1%}, 95 % interval {low:.1%} to {high:.1%} (n = {args.num_images})")
-    print(
-        f"mean {args.preference:<12}{result['score_before']:.3f} -> {result['score_after']:.3f}, "
-        f"gain {result['gain']:.3f} ({least:.3f} to {most:.3f})"
+    labels = {0.0: "base model", 0.5: "LoRA at 0.5", 1.0: "LoRA at 1", scale: f"LoRA at {scale:g},\nrecommended"}
+    labels = labels if scale else {**labels, 0.0: "base model"}
+    title = f"Preference: more {args.preference}" + ("" if scale else ". No scale is recommended")
+    low, high = found["win_rate_interval"]
+    subtitle = (
+        f"at scale {scale:g}, aligned beats base in {found['win_rate']:.1%} of {args.num_images} held-out samples "
+        f"(95 % interval {low:.1%} to {high:.1%}); damage {found['damage'] - 1:+.1%}; "
+        f"captions obeyed {found['captions_obeyed']:.1%}"
     )
-    print(f"captions obeyed  {result['captions_obeyed_before']:.1%} -> {result['captions_obeyed_after']:.1%}")
-    print(f"picture          {output_dir / 'before_after.png'}")
+    rows = [(labels[scale], pictures[scale]) for scale in sorted(labels)]
+    draw_before_after(rows, captions, title, subtitle).save(output_dir / "before_after.png")
+    record = {"preference": args.preference, "num_images": args.num_images, "recommended_scale": scale}
+    record["scales"] = {f"{scale:g}": result for scale, result in results.items()}
+    (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    print(f"scale   {args.preference:>9}     gain   win rate   damage   sharpness   captions obeyed")
+    for scale, result in results.items():
+        print(
+            f"{scale:<5g}   {result['score']:9.3f}   {result['gain']:+.3f}   {result['win_rate']:8.1%}   "
+            f"{result['damage'] - 1:+6.1%}   {result['sharpness_ratio'] - 1:+9.1%}   {result['captions_obeyed']:15.1%}"
+        )
+    scale = record["recommended_scale"]
+    print(
+        f"Most gain within {MAX_DAMAGE:.0%} damage: scale {scale:g}" if scale
+        else f"No scale gains within {MAX_DAMAGE:.0%} damage"
+    )  # fmt: skip
+    print(f"picture: {output_dir / 'before_after.png'}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@
 Writes `<output_dir>/train.parquet` in Pick-a-Pic's columns: `jpg_0` and `jpg_1` (image files as bytes; PNG in spite of
 the name, since JPEG would blur the very edges that the sharpness preference judges), `label_0` (1 if image 0 won, 0 if
 image 1 won, 0.5 for a tie) and `caption`. Load it with `load_dataset("parquet", data_files="<output_dir>/*.parquet")`.
+
+Among a few hundred pairs, winners differ from losers by chance in what is not judged, too, and a model learns that as
+well. So some pairs are left out, until winners and losers are alike on average in the other attributes.
 """
 
 import argparse
@@ -84,6 +87,20 @@ def label_pairs(scores_0, scores_1, tie_margin):
     return np.where(np.abs(scores_0 - scores_1) < tie_margin, 0.5, (scores_0 > scores_1).astype(float))
 
 
+def balanced(differences, tolerance=0.02):
+    """Which pairs to keep, bool (N,): those whose mean winner minus loser (N, K) is at most the tolerance in all K.
+
+    Leaves out the pair that pulls the means outwards most, one after another, a fifth of all at most.
+    """
+    kept = np.ones(len(differences), dtype=bool)
+    for _ in range(len(differences) // 5):
+        means = differences[kept].mean(axis=0)
+        if np.abs(means).max() <= tolerance:
+            break
+        kept[np.argmax(np.where(kept, differences @ means, -np.inf))] = False
+    return kept
+
+
 def encode_png(picture):
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
@@ -112,15 +129,20 @@ def main(args):
         load_pipeline(args.model), captions * 2, seeds, args.num_inference_steps, args.guidance_scale, args.batch_size
     )
 
-    score = small_world.PREFERENCES[args.preference]
-    scores_0, scores_1 = np.array([score(picture) for picture in pictures]).reshape(2, -1)
-    label_0 = label_pairs(scores_0, scores_1, args.tie_margin)
-    files = [encode_png(picture) for picture in pictures]
+    scores = {  # (2, N) each
+        name: np.array([score(picture) for picture in pictures]).reshape(2, -1)
+        for name, score in small_world.PREFERENCES.items()
+    }
+    label_0 = label_pairs(*scores[args.preference], args.tie_margin)
+    others = [values for name, values in scores.items() if name != args.preference]
+    differences = [(2 * label_0 - 1) * (first - second) / np.std([first, second]) for first, second in others]
+    kept = np.flatnonzero(balanced(np.stack(differences, axis=1)))
+    files, (scores_0, scores_1) = [encode_png(picture) for picture in pictures], scores[args.preference][:, kept]
     columns = {
-        "jpg_0": files[: args.num_pairs],
-        "jpg_1": files[args.num_pairs :],
-        "label_0": label_0,
-        "caption": captions,
+        "jpg_0": [files[i] for i in kept],
+        "jpg_1": [files[args.num_pairs + i] for i in kept],
+        "label_0": label_0[kept],
+        "caption": [captions[i] for i in kept],
     }
     path = Path(args.output_dir) / "train.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +150,9 @@ def main(args):
     pq.write_table(pa.table(columns), unfinished)
     unfinished.replace(path)
     print(
-        f"wrote {path}: {args.num_pairs} pairs, {(label_0 == 0.5).sum()} of them ties; mean {args.preference} of "
-        f"winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers {np.minimum(scores_0, scores_1).mean():.3f}"
+        f"wrote {path}: {len(kept)} of {args.num_pairs} pairs, {(label_0[kept] == 0.5).sum()} of them ties; "
+        f"mean {args.preference} of winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers "
+        f"{np.minimum(scores_0, scores_1).mean():.3f}"
     )
 
 

@@ -1,0 +1,92 @@
+"""The comparison at equal damage: its arithmetic by hand, and one run from training to the plots."""
+
+import csv
+
+import compare_objectives
+import numpy as np
+import pytest
+import torch
+from compare_objectives import Setting, best_gain, cost_of, gain_within
+from test_small_world import MODEL
+
+
+@pytest.mark.parametrize(
+    ("points", "limit", "gain"),
+    [
+        ([], 0.05, 0.0),
+        ([(0.5, 0.04, 1.02), (1.0, 0.08, 1.04)], 0.05, 0.08),  # never that much damage
+        ([(1.0, 0.08, 1.10)], 0.05, 0.04),  # halfway from the base model
+        ([(1.0, 0.08, 1.06), (0.5, 0.05, 1.02)], 0.04, 0.065),  # halfway between two scales, whatever their order
+        ([(0.5, 0.05, 0.98), (1.0, 0.03, 1.04)], 0.05, 0.05),  # the best on the way
+        ([(0.5, 0.04, 1.10), (1.0, 0.20, 1.01)], 0.05, 0.02),  # what lies beyond a crossing does not count
+    ],
+)  # fmt: skip
+def test_gain_within_a_damage_by_hand(points, limit, gain):
+    assert gain_within(points, limit) == pytest.approx(gain)
+
+
+def rows_of(*lengths):
+    """Rows of a run: (step, seconds, calls, gain) at scale 1, without damage."""
+    names = ("step", "seconds", "calls", "gain")
+    return [{**dict(zip(names, values, strict=True)), "scale": 1.0, "damage": 1.0} for values in lengths]
+
+
+def test_the_cost_of_a_gain_by_hand():
+    rows = rows_of((10, 4.0, 100, 0.02), (20, 8.0, 200, 0.01), (30, 12.0, 300, 0.05))
+    assert best_gain(rows) == 0.05
+    assert cost_of(rows, 0.01) == pytest.approx((2.0, 50))
+    assert cost_of(rows, 0.03) == pytest.approx((10.0, 250))  # a gain that was lost meanwhile does not help
+    assert cost_of(rows, 0.06) is None
+
+
+def test_a_run_from_training_to_the_plots(tmp_path, without_report):
+    """Tuning keeps the better of two settings, finals are cached, too; the same command does nothing again."""
+    args = compare_objectives.parse_args([
+        "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",
+        "--bands", "600", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
+        "--rungs", "2", "--lengths", "1", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
+        "--train_batch_size", "4", "--num_images", "4", "--workers", "1",
+    ])  # fmt: skip
+    compare_objectives.main(args)
+    with (tmp_path / "runs.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert tuple(rows[0]) == compare_objectives.COLUMNS
+    stages = [(row["stage"], row["draws"], row["learning_rate"]) for row in rows]
+    assert len([s for s in stages if s[0] == "tune"]) == 2 * 2 * 2 and len(rows) == 8 + 2 * 4
+    assert {s[1:] for s in stages if s[0] == "final"} == {("0", "0.01"), ("1", "0.01")}
+    costs = {(r["draws"], r["step"]): (float(r["calls"]), float(r["seconds"])) for r in rows if r["stage"] == "final"}
+    # Latents: a batch of 8, with gradient twice, and one forward by the reference, which the cache takes once a pair
+    assert [costs["0", step][0] for step in "12"] == [24, 48] == [costs["1", step][0] for step in "12"]
+    assert 0 < costs["0", "1"][1] < costs["0", "2"][1]
+    for name in ("table.md", "frontier.png", "time.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert not list((tmp_path / "work").glob("final-*"))
+    compare_objectives.main(args)
+    assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(rows) + 1
+
+
+def test_the_rival_flips_winner_and_loser_apart():
+    class Pairs(compare_objectives.FlippedApart):
+        def __init__(self):
+            self.seed = 0
+
+    ones = {"pixel_values": np.arange(12.0).reshape(2, 3, 1, 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            compare_objectives.benchmark.PreferenceDataset, "__getitem__",
+            lambda self, item: {"pixel_values": torch.tensor(ones["pixel_values"])},
+        )  # fmt: skip
+        seen = {
+            tuple(bool(image[0, 0, 0] > image[0, 0, 1]) for image in Pairs()[(0, visit), 0]["pixel_values"])
+            for visit in range(40)
+        }
+    assert seen == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_settings_to_tune():
+    args = compare_objectives.parse_args(["--model", "m", "--output_dir", "o"])
+    assert len(compare_objectives.settings_to_tune(args, "inpo", 300)) == 9
+    assert len(compare_objectives.settings_to_tune(args, "diffusion_dpo", 0)) == 9
+    own = compare_objectives.settings_to_tune(args, "diffusers_script", 0)
+    assert own == [Setting("diffusers_script", 0, rate, 5000.0) for rate in args.learning_rates]
+    assert compare_objectives.settings_to_tune(args, "published_inpo", 600) == []
