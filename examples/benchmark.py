@@ -357,6 +357,7 @@ class Probe:
     Args:
         script: the training script, a module.
         on_step: called with the number of steps made, at the end of each, before its time is taken.
+        clock: what tells the time, in seconds.
 
     Attributes:
         calls: how often each kind of `Call` was made.
@@ -365,10 +366,10 @@ class Probe:
         seconds: what was spent in parts of the step while `is_timing_parts`, when the device waits for each.
     """
 
-    def __init__(self, script=train_inversion_dpo, on_step=lambda step: None):
+    def __init__(self, script=train_inversion_dpo, on_step=lambda step: None, clock=time.perf_counter):
         self.calls, self.step_ends, self.seconds = Counter(), [], 0.0
         self.started, self.is_timing_parts = None, False
-        self._on_step, self._patches = on_step, ExitStack()
+        self._on_step, self._clock, self._patches = on_step, clock, ExitStack()
         for name in CALLS:
             self.replace(script, name, self._counted(name, self._timed(getattr(script, name))))
         self.replace(Accelerator, "backward", self._timed(Accelerator.backward))
@@ -385,7 +386,7 @@ class Probe:
     def end_step(self):
         synchronize()
         self._on_step(len(self.step_ends) + 1)
-        self.step_ends.append((time.perf_counter(), Counter(self.calls)))
+        self.step_ends.append((self._clock(), Counter(self.calls)))
 
     def replace(self, where, name, value):
         """Replaces an attribute of the script, or of what it uses, until the probe is closed."""
@@ -404,7 +405,7 @@ class Probe:
 
     def _counted(self, name, function):
         def call(module, inputs, *rest):
-            self.started, is_unet = self.started or time.perf_counter(), name == "predict_noise"
+            self.started, is_unet = self.started or self._clock(), name == "predict_noise"
             size = len(inputs["is_empty"] if name == "encode_prompts" else inputs)
             self.calls[Call(name, size, is_unet and torch.is_grad_enabled(), is_unet and is_reference(module))] += 1
             return function(module, inputs, *rest)

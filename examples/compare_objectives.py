@@ -1,26 +1,39 @@
-"""Compare the objectives on the small world: equal pairs, steps, learning rate and beta, several seeds.
+"""Which objective gives more of what is preferred for the same damage, and how soon? Measured on the small world.
 
-    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison -- \\
-        --train_batch_size 8 --max_train_steps 120 --learning_rate 3e-4 --beta_dpo 500 --rank 8
+    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison
+    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison --quick
 
-For each preference, seed and method it samples pairs, trains a LoRA with `train_inversion_dpo.py` (options after
-`--` go to it), and measures the gain in mean score on held-out captions and seeds. Prints a table in Markdown and
-keeps every run in `<output_dir>/runs.json`; the same command goes on after an interruption.
+Training moves a model along a curve: more of what is preferred, and more damage to the rest (evaluate.py). So methods
+are compared at equal damage, not at equal steps. For each preference, band of timesteps and method the program
 
-The cached methods compute what their steps will read before the first step, and read it from then on. With the default
-of four draws a pair that pays from the fifth epoch on; `--cached_draws 1` after `--` makes it pay from the second. The
-U-Net is counted while it runs: how often it is shown each image of a step, without gradient (inversion and reference)
-and with. Seconds are from the first model call to the end of the last step, filling a cache included, while the other
-workers keep the machine busy; gain per 1000 seconds is what they buy.
+    1  tunes learning rate and beta by successive halving: all settings for a few steps, the best third for more, by
+       the gain within 5 % damage;
+    2  trains the best setting for longer, with several seeds, and the same from caches;
+    3  judges the LoRA at several lengths of training and several scales.
+
+It writes to --output_dir, and goes on there after an interruption:
+
+    runs.csv       every LoRA that was judged: setting, step, seconds, U-Net calls, scale, gain, damage, drifts
+    table.md       gains at 2, 5 and 10 % damage, and seconds and calls until a gain within 5 % damage was reached
+    frontier.png   gain against damage
+    time.png       gain within 5 % damage against seconds of training
+
+Seconds are those of one core, from the first model call, filling a cache included. U-Net calls count latents, a
+forward and a backward as one each. A shorter run is the beginning of a longer one, and fills only what its steps read.
+Tuning trains from a cache that its runs share, which costs half as much and changes little.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import os
 import shutil
-from collections import Counter
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import benchmark
 import evaluate
@@ -30,137 +43,432 @@ import small_world
 import torch
 from benchmark import train_inversion_dpo
 
-METHODS = {  # objective and timesteps per pair -> options
-    "inversion_dpo, 4": ["--objective", "inversion_dpo"],
-    "inpo, 1": ["--objective", "inpo"],
-    "diffusion_dpo, 1": ["--objective", "diffusion_dpo"],
-    "inversion_dpo, 4, cached": ["--objective", "inversion_dpo", "--inversion_cache_dir", "{lora}/cache"],
-    "inpo, 1, cached": ["--objective", "inpo", "--inversion_cache_dir", "{lora}/cache"],
-    "diffusion_dpo, 1, cached": ["--objective", "diffusion_dpo", "--inversion_cache_dir", "{lora}/cache"],
-    "diffusion_dpo, 4": ["--objective", "diffusion_dpo", "--timesteps_per_pair", "4"],
+from inversion_utils import LORA_FILE, lora_weights, number, write_lora, write_whole
+
+
+class Setting(NamedTuple):
+    """What is tuned. `band` is the lowest training timestep."""
+
+    method: str
+    band: int
+    learning_rate: float
+    beta: float
+    draws: int = 0  # a pair, in a cache; 0: no cache
+
+
+class FlippedApart(benchmark.PreferenceDataset):
+    """Winner and loser flipped by a coin each, as diffusers' DPO script for Stable Diffusion does it."""
+
+    def __getitem__(self, key_and_place):
+        example = super().__getitem__(key_and_place)
+        flips = np.random.default_rng([self.seed, 7, *key_and_place[0]]).random(2) < 0.5
+        pixels = [
+            image.flip(-1) if flip else image for image, flip in zip(example["pixel_values"], flips, strict=True)
+        ]
+        return {**example, "pixel_values": torch.stack(pixels)}
+
+
+METHODS = {  # name -> options of the training script; two rivals are re-created, see `train`
+    "inpo": ["--objective", "inpo"],
+    "inversion_dpo": ["--objective", "inversion_dpo"],
+    "diffusion_dpo": ["--objective", "diffusion_dpo"],
+    "diffusers_script": ["--objective", "diffusion_dpo"],
+    "published_inpo": ["--objective", "inpo"],
 }
+SCRIPT_BETA = 5000.0  # diffusers' default is 2500, without the half that our beta has
+LEARNING_RATES, BETAS = (3e-4, 6e-4, 1.2e-3), (250.0, 500.0, 1000.0)
+BANDS = (0, 300, 600)
+LIMITS = (0.02, 0.05, 0.1)  # of damage
+LIMIT = 0.05
+GOALS = {"area": 0.02, "sharpness": 0.02, "tone": 0.1}  # gains within LIMIT, whose cost is told
+TUNING_SCALES, TUNING_DRAWS = (0.5, 1.0), 4
+QUICK = {  # what --quick changes
+    "preferences": ["area"], "methods": ["inpo", "diffusion_dpo", "diffusers_script"], "bands": [0], "rungs": [],
+    "learning_rates": [6e-4], "betas": [500.0], "draws": [4], "lengths": [30, 60, 120],
+    "seeds": [0], "num_images": 64,
+}  # fmt: skip
+UNCACHED = ("diffusers_script", "published_inpo")
+SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images")  # that all runs of a folder share
+COLUMNS = (
+    "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
+    "distance_ratio", "sharpness_ratio", "captions_obeyed", *(f"drift_{name}" for name in small_world.PREFERENCES),
+)  # fmt: skip
 
 
-def parse_args(argv=None):
-    path = os.path.expanduser
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=path, required=True, help="Folder of the small world's pipeline")
-    parser.add_argument("--output_dir", type=path, required=True, help="Folder for pairs, LoRAs and runs.json")
-    parser.add_argument("--preferences", nargs="+", default=["area", "sharpness"], choices=small_world.PREFERENCES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="Rows of the table")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
-    parser.add_argument("--num_pairs", type=int, default=256)
-    parser.add_argument("--num_images", type=int, default=256, help="Per evaluation")
-    parser.add_argument("--workers", type=int, default=2, help="Runs at a time, which share the cores")
-    parser.add_argument("train_options", nargs="*", help="After --: options of the training script for all runs")
-    return parser.parse_args(argv), parser.error
+# One run
 
 
-def train_and_evaluate(args, preference, seed, method):
-    """One run: trains the LoRA and returns its gain and cost. Runs in a process of its own."""
-    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    probe = benchmark.Probe()
-    output_dir = Path(args.output_dir)
-    lora = output_dir / preference / str(seed) / method.replace(", ", "_")
-    shutil.rmtree(lora, ignore_errors=True)  # of a run that was interrupted before it was recorded
-    train_inversion_dpo.main([
+def options_of(setting, cache_dir):
+    """The training script's options."""
+    cached = ["--cached_draws", str(setting.draws), "--inversion_cache_dir", str(cache_dir)] if setting.draws else []
+    return [
+        *METHODS[setting.method], "--min_timestep", str(setting.band), "--learning_rate", str(setting.learning_rate),
+        "--beta_dpo", str(setting.beta), *cached,
+    ]  # fmt: skip
+
+
+def train(args, folder, cache_dir, preference, seed, setting, lengths):
+    """Trains a LoRA and leaves it at each of these lengths; returns seconds and U-Net calls until each."""
+    times, script = [], train_inversion_dpo
+    probe = benchmark.Probe(script, clock=time.process_time)
+    options = [
         "--pretrained_model_name_or_path", args.model, "--train_data_dir", str(pairs_folder(args, preference, seed)),
-        "--output_dir", str(lora), "--seed", str(seed), "--resolution", str(small_world.SIZE), "--report_to", "none",
-        *(option.format(lora=lora) for option in METHODS[method]), *args.train_options,
-    ])  # fmt: skip
+        "--output_dir", str(folder), "--seed", str(seed), "--resolution", str(small_world.SIZE), "--report_to", "none",
+        "--train_batch_size", str(args.train_batch_size), "--rank", "8", "--max_train_steps", str(lengths[-1]),
+        "--checkpointing_steps", str(np.gcd.reduce(lengths)),
+        *options_of(setting, cache_dir),
+    ]  # fmt: skip
+    if setting.method == "diffusers_script":
+        probe.replace(script, "PreferenceDataset", FlippedApart)
+    try:
+        if setting.method == "published_inpo":
+            train_published(options, setting, folder, probe)
+        else:
+            script.main(options)
+    finally:
+        probe.close()
+    ends, calls = zip(*probe.step_ends, strict=True)
+    calls = [unet_calls(count) for count in calls]
+    # What was done before the first step filled the cache, more of it than a shorter run would read
+    filling = [max(0, 2 * ends[0] - ends[1] - probe.started), max(0, 2 * calls[0] - calls[1])]
+    wanted = min(lengths[-1] * args.train_batch_size, args.num_pairs * setting.draws)
+    for length in lengths:
+        spared = 1 - min(1, length * args.train_batch_size / wanted) if wanted else 0
+        times.append((ends[length - 1] - probe.started - spared * filling[0], calls[length - 1] - spared * filling[1]))
+    return times
 
-    pipeline = make_pairs.load_pipeline(args.model)
-    pipeline.load_lora_weights(lora)
-    after, captions = evaluate.sample_held_out(pipeline, args.num_images)
-    result = evaluate.compare(np.load(output_dir / "base.npy"), after, captions, preference)
-    shown = Counter()  # images to the VAE, latents to the U-Net without gradient, latents with
-    for call, count in probe.calls.items():
-        shown[call.function, call.with_gradient] += count * call.size
-    record = json.loads((lora / "training_config.json").read_text())
-    images = 2 * record["steps"] * record["pairs_per_step"]
-    return {
-        **result, "seed": seed, "method": method, "seconds": probe.step_ends[-1][0] - probe.started,
-        "calls": shown["predict_noise", False] / images, "calls_with_gradient": shown["predict_noise", True] / images,
-    }  # fmt: skip
+
+def unet_calls(calls):
+    """Latents shown to the U-Net, those of the policy's step twice: forward and backward."""
+    return sum(
+        n * call.size * (1 + call.with_gradient) for call, n in calls.items() if call.function == "predict_noise"
+    )
+
+
+def train_published(options, setting, folder, probe):
+    """DDIM-InPO's released step, see benchmark.py; LoRAs are left where the training script leaves them."""
+    args, _ = train_inversion_dpo.parse_args(options)
+
+    def step(models, batch):
+        models = models._replace(alphas_cumprod=models.alphas_cumprod)
+        step.unet = models.unet
+        return benchmark.published_inpo(models, batch, num_steps=5, beta=setting.beta)
+
+    def end_step():
+        probe.end_step()
+        count = len(probe.step_ends)
+        if count % args.checkpointing_steps == 0:
+            write_lora(folder / f"checkpoint-{count}" / LORA_FILE, lora_weights(step.unet))
+
+    benchmark.train_rival(train_inversion_dpo, options, step, end_step)
+
+
+@cache
+def start_worker(model, output_dir, num_images):
+    """What every run of a worker needs: the pipeline, and the base model's pictures as they are seen by the judges."""
+    pictures, captions = np.load(Path(output_dir) / "base.npy")[:num_images], evaluate.held_out(num_images)[0]
+    return make_pairs.load_pipeline(model), evaluate.look_at(pictures, captions)
+
+
+def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num_images):
+    """One run: trains the LoRA and returns a row of the table for each length and scale."""
+    torch.set_num_threads(1)
+    name = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in setting)
+    work = Path(args.output_dir) / "work"
+    folder, cache_dir, rows = work / f"{stage}-{preference}-{seed}-{name}", work / f"cache-{preference}-{seed}", []
+    if stage == "final":  # whose filling is to be timed
+        cache_dir = folder / "cache"
+    shutil.rmtree(folder, ignore_errors=True)
+    costs = train(args, folder, cache_dir, preference, seed, setting, lengths)
+    pipeline, base = start_worker(args.model, args.output_dir, args.num_images)
+    base = evaluate.first(base, num_images)
+    for length, (seconds, calls) in zip(lengths, costs, strict=True):
+        pipeline.load_lora_weights(folder / f"checkpoint-{length}", adapter_name="judged")
+        for scale in scales:
+            pipeline.set_adapters("judged", scale)
+            pictures, captions = evaluate.sample_held_out(pipeline, num_images)
+            found = evaluate.compare_looks(evaluate.look_at(pictures, captions), base, preference)
+            rows.append({
+                "stage": stage, "preference": preference, "seed": seed, **setting._asdict(), "steps": lengths[-1],
+                "step": length, "seconds": seconds, "calls": calls, "scale": scale,
+                **{name: found[name] for name in COLUMNS if name in found},
+            })  # fmt: skip
+        pipeline.unload_lora_weights()
+    shutil.rmtree(folder)
+    return rows
 
 
 def pairs_folder(args, preference, seed):
-    return Path(args.output_dir) / preference / str(seed) / "pairs"
+    return Path(args.output_dir) / "pairs" / f"{preference}-{seed}"
 
 
 def prepare(args):
-    """Samples the base model's pictures for the evaluation and every set of pairs, where they are not there yet."""
-    output_dir = Path(args.output_dir)
-    if not (output_dir / "base.npy").exists():
+    """Samples the base model's pictures for the judges and every set of pairs, where they are not there yet."""
+    base = Path(args.output_dir) / "base.npy"
+    if not base.exists():
         pictures, _ = evaluate.sample_held_out(make_pairs.load_pipeline(args.model), args.num_images)
-        np.save(output_dir / "base.npy", pictures)
-    for preference in args.preferences:
-        for seed in args.seeds:
-            folder = pairs_folder(args, preference, seed)
-            if not (folder / "train.parquet").exists():
-                make_pairs.main(make_pairs.parse_args([
-                    "--model", args.model, "--preference", preference, "--output_dir", str(folder),
-                    "--num_pairs", str(args.num_pairs), "--seed", str(seed),
-                ]))  # fmt: skip
+        np.save(base, pictures)
+    for preference, seed in itertools.product(args.preferences, args.seeds):
+        folder = pairs_folder(args, preference, seed)
+        if not (folder / "train.parquet").exists():
+            make_pairs.main(make_pairs.parse_args([
+                "--model", args.model, "--preference", preference, "--output_dir", str(folder),
+                "--num_pairs", str(args.num_pairs), "--seed", str(seed),
+            ]))  # fmt: skip
 
 
-def table(runs, preferences, methods):
-    """The gains in Markdown: mean over seeds, each seed, and the ratio to diffusion_dpo at as many timesteps."""
+# What runs tell
+
+
+def gain_within(points, limit):
+    """The most gain at a damage of at most 1 + limit, on the way from the base model through (scale, gain, damage).
+
+    Between two scales gain and damage are taken to be linear. Beyond the first crossing nothing counts.
+    """
+    best, gain, damage = 0.0, 0.0, 1.0
+    for _, next_gain, next_damage in sorted(points):
+        if next_damage > 1 + limit:
+            share = (1 + limit - damage) / (next_damage - damage)
+            return max(best, gain + share * (next_gain - gain))
+        gain, damage = next_gain, next_damage
+        best = max(best, gain)
+    return best
+
+
+def gains_by_step(rows, limit, measure="damage"):
+    """{step: (seconds, calls, gain within the damage)} of the rows of one run."""
+    steps = {}
+    for row in rows:
+        steps.setdefault(row["step"], []).append(row)
+    return {
+        step: (of[0]["seconds"], of[0]["calls"], gain_within([(r["scale"], r["gain"], r[measure]) for r in of], limit))
+        for step, of in sorted(steps.items())
+    }
+
+
+def best_gain(rows, limit=LIMIT, measure="damage"):
+    """The most gain of one run within the damage, over its lengths and scales."""
+    return max(gain for _, _, gain in gains_by_step(rows, limit, measure).values())
+
+
+def cost_of(rows, gain, limit=LIMIT):
+    """Seconds and calls until a run has reached this gain within the damage, linear between lengths; None if never."""
+    before = (0.0, 0.0, 0.0)
+    for reached in gains_by_step(rows, limit).values():
+        if reached[2] >= gain:
+            share = (gain - before[2]) / (reached[2] - before[2])
+            return tuple(before[i] + share * (reached[i] - before[i]) for i in (0, 1))
+        before = reached
+    return None
+
+
+def mean_gain(runs, limit):
+    """The gain within the damage, mean over the runs of several seeds."""
+    return float(np.mean([best_gain(rows, limit) for rows in runs]))
+
+
+# What is written
+
+
+def label(setting):
+    return setting.method + (f", cache of {setting.draws}" if setting.draws else "")
+
+
+def table(finals):
+    """Gains at each damage and the cost of a gain, in Markdown; finals are {(preference, setting): runs}."""
     lines = [
-        "| preference | method, timesteps | gain | of each seed | / diffusion_dpo | win rate | captions obeyed "
-        "| U-Net calls without / with gradient | seconds | gain per 1000 s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| preference | timesteps | method | learning rate, beta | "
+        + " | ".join(f"gain at {limit:.0%}" for limit in LIMITS)
+        + " | of each seed, 5 % | by distance alone | seconds to the goal | U-Net calls |",
+        "|---|---|---|---|" + "---|" * (len(LIMITS) + 4),
     ]
-
-    def of(preference, method, key):
-        return [run[key] for run in runs if (run["preference"], run["method"]) == (preference, method)]
-
-    for preference in preferences:
-        for method in methods:
-            gains = of(preference, method, "gain")
-            baseline = of(preference, f"diffusion_dpo, {method.split(', ')[1]}", "gain")
-            if not gains:
-                continue
-            ratio = f"{np.mean(gains) / np.mean(baseline):.2f}" if len(baseline) == len(gains) else "-"
-            columns = ("gain", "win_rate", "captions_obeyed_after", "calls", "calls_with_gradient", "seconds")
-            mean = {key: np.mean(of(preference, method, key)) for key in columns}
-            lines.append(
-                f"| {preference} | {method} | {mean['gain']:.3f} | {', '.join(f'{gain:.3f}' for gain in gains)} "
-                f"| {ratio} | {mean['win_rate']:.1%} | {mean['captions_obeyed_after']:.1%} "
-                f"| {mean['calls']:.1f} / {mean['calls_with_gradient']:.0f} | {mean['seconds']:.0f} "
-                f"| {1000 * mean['gain'] / mean['seconds']:.3f} |"
-            )
-    return "\n".join(lines)
+    for (preference, setting), runs in finals.items():
+        gains = " | ".join(f"{mean_gain(runs, limit):.3f}" for limit in LIMITS)
+        seeds = ", ".join(f"{best_gain(rows):.3f}" for rows in runs)
+        drawn = np.mean([best_gain(rows, LIMIT, "distance_ratio") for rows in runs])
+        costs = [cost_of(rows, GOALS[preference]) for rows in runs]
+        reached = [cost for cost in costs if cost]
+        seconds, calls = np.mean(reached, axis=0) if len(reached) == len(runs) else (None, None)
+        cost = f"{seconds:.0f} | {calls:,.0f}" if reached and seconds else f"never ({len(reached)} of {len(runs)}) | "
+        lines.append(
+            f"| {preference} | from {setting.band} | {label(setting)} | {setting.learning_rate:g}, {setting.beta:g} "
+            f"| {gains} | {seeds} | {drawn:.3f} | {cost} |"
+        )
+    goals = ", ".join(f"{name} {goal:g}" for name, goal in GOALS.items())
+    return "\n".join([*lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}."])
 
 
-def main(args, parser_error):
+def plot(finals, file, curve_of, x_label):
+    """A panel for each preference and band, a line for each method; `curve_of(runs)` returns its x and y."""
+    from matplotlib.figure import Figure
+
+    preferences = list(dict.fromkeys(preference for preference, _ in finals))
+    bands = sorted({setting.band for _, setting in finals})
+    methods = list(dict.fromkeys(label(setting) for _, setting in finals))
+    figure = Figure(figsize=(4.2 * len(preferences), 3.2 * len(bands) + 0.5), layout="constrained")
+    panels = figure.subplots(len(bands), len(preferences), squeeze=False, sharey="col")
+    for (preference, setting), runs in finals.items():
+        axes = panels[bands.index(setting.band), preferences.index(preference)]
+        color, style = f"C{methods.index(label(setting)) % 10}", "--" if setting.draws else "-"
+        axes.plot(*curve_of(runs), style, color=color, label=label(setting), marker=".", linewidth=1.6)
+        title = f"timesteps from {setting.band}" if setting.band else "whole schedule"
+        axes.set(title=f"{preference}, {title}", xlabel=x_label, ylabel="gain")
+        axes.grid(alpha=0.3)
+    handles = {
+        text: line for axes in panels.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def frontier(runs):
+    limits = np.linspace(0, 0.12, 25)
+    return 100 * limits, [mean_gain(runs, limit) for limit in limits]
+
+
+def race(runs):
+    """Seconds and the most gain within 5 % damage until then, means over seeds."""
+    steps = [list(gains_by_step(rows, LIMIT).values()) for rows in runs]
+    seconds = np.mean([[at for at, _, _ in lengths] for lengths in steps], axis=0)
+    gains = np.mean([np.maximum.accumulate([gain for _, _, gain in lengths]) for lengths in steps], axis=0)
+    return [0, *seconds], [0, *gains]
+
+
+# The program
+
+
+def settings_to_tune(args, method, band):
+    """The grid of a method; none in a band for which its code has no option."""
+    if method in UNCACHED and band:
+        return []
+    betas = (SCRIPT_BETA,) if method == "diffusers_script" else args.betas
+    draws = 0 if method in UNCACHED else TUNING_DRAWS
+    grid = itertools.product(args.learning_rates, betas)
+    return [Setting(method, band, *values, draws) for values in grid]
+
+
+class Runs:
+    """The runs of an output folder: rows by (stage, preference, seed, setting, steps), kept in runs.csv."""
+
+    def __init__(self, args):
+        self.args, self.file, self.rows = args, Path(args.output_dir) / "runs.csv", {}
+        if self.file.exists():
+            with self.file.open(newline="") as stream:
+                for row in csv.DictReader(stream):
+                    text = ("stage", "preference", "method")
+                    row = {name: value if name in text else float(value) for name, value in row.items()}
+                    row.update({name: int(row[name]) for name in ("seed", "band", "draws", "steps", "step")})
+                    self.add([row])
+
+    def key(self, row):
+        setting = Setting(**{name: row[name] for name in Setting._fields})
+        return row["stage"], row["preference"], row["seed"], setting, row["steps"]
+
+    def add(self, rows):
+        self.rows.setdefault(self.key(rows[0]), []).extend(rows)
+
+    def run(self, jobs):
+        """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales, num_images)."""
+        jobs = [job for job in dict.fromkeys(jobs) if (*job[:4], job[4][-1]) not in self.rows]
+        spawn = torch.multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.args.workers, mp_context=spawn) as pool:
+            for done, future in enumerate(
+                as_completed([pool.submit(train_and_judge, self.args, *job) for job in jobs]), start=1
+            ):
+                rows = future.result()
+                self.add(rows)
+                is_new = not self.file.exists()
+                with self.file.open("a", newline="") as stream:
+                    writer = csv.DictWriter(stream, COLUMNS)
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerows(rows)
+                stage, preference, seed, setting, steps = self.key(rows[0])
+                print(
+                    f"{time.strftime('%H:%M:%S')} {stage} {done}/{len(jobs)} {preference} seed {seed} "
+                    f"{tuple(setting)} {steps} steps: {best_gain(rows):.3f} within {LIMIT:.0%}", flush=True,
+                )  # fmt: skip
+
+
+def parse_args(argv=None):
+    path, count = os.path.expanduser, number(int, least=1)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=path, required=True, help="Folder of the small world's pipeline")
+    add("--output_dir", type=path, required=True, help="Folder for pairs, runs.csv, table and plots")
+    add("--quick", action="store_true", help="A subset that takes 15 minutes: no tuning, one seed, area")
+    add("--preferences", nargs="+", default=list(small_world.PREFERENCES), choices=small_world.PREFERENCES)
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    add("--bands", nargs="+", type=int, default=list(BANDS), help="Lowest training timesteps")
+    add("--learning_rates", nargs="+", type=float, default=list(LEARNING_RATES))
+    add("--betas", nargs="+", type=float, default=list(BETAS))
+    add("--draws", nargs="*", type=count, default=[1, 4], help="Cached draws a pair")
+    add("--rungs", nargs="*", type=count, default=[30, 90], help="Steps of the rounds of tuning")
+    add("--lengths", nargs="+", type=count, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
+    add("--scales", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0, 1.25])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
+    add("--num_pairs", type=count, default=256)
+    add("--train_batch_size", type=count, default=16, help="Pairs a step")
+    add("--num_images", type=count, default=128, help="Pictures of a judgement")
+    add("--workers", type=count, default=2, help="Runs at a time, a core each")
+    parser.set_defaults(**QUICK if parser.parse_known_args(argv)[0].quick else {})
+    args = parser.parse_args(argv)
+    file, settings = Path(args.output_dir) / "settings.json", {name: getattr(args, name) for name in SETTINGS}
+    if file.exists() and json.loads(file.read_text()) != settings:
+        parser.error(
+            f"--output_dir {args.output_dir}: holds runs with other settings, see {file}; name another folder"
+        )
+    return args
+
+
+def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    path, settings_path = output_dir / "runs.json", output_dir / "settings.json"
-    settings = {name: getattr(args, name) for name in ("model", "num_pairs", "num_images", "train_options")}
-    if not settings_path.exists():
-        settings_path.write_text(json.dumps(settings))
-    if json.loads(settings_path.read_text()) != settings:
-        parser_error(
-            f"--output_dir {output_dir} holds runs with other settings, see {settings_path}; name another folder"
-        )
+    write_whole(output_dir / "settings.json", json.dumps({name: getattr(args, name) for name in SETTINGS}).encode())
     prepare(args)
-    runs = json.loads(path.read_text()) if path.exists() else []
-    done = {(run["preference"], run["seed"], run["method"]) for run in runs}
-    wanted = [(p, s, m) for s in args.seeds for p in args.preferences for m in args.methods if (p, s, m) not in done]
-    spawn = torch.multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.workers, mp_context=spawn, max_tasks_per_child=1)
-    try:
-        for future in as_completed([pool.submit(train_and_evaluate, args, *run) for run in wanted]):
-            runs.append(future.result())
-            unfinished = path.with_suffix(".part")
-            unfinished.write_text(json.dumps(runs, indent=2) + "\n")
-            unfinished.replace(path)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    runs = sorted((run for run in runs if run["seed"] in args.seeds), key=lambda run: run["seed"])
-    print(table(runs, args.preferences, args.methods))
+    runs = Runs(args)
+
+    # 1  Tune, each method in each band
+    chosen = {
+        (preference, method, band): settings_to_tune(args, method, band)
+        for preference in args.preferences for method in args.methods for band in args.bands
+    }  # fmt: skip
+    for steps in args.rungs:
+        how = (steps // 2, steps), TUNING_SCALES, max(1, args.num_images // 2)
+        jobs = {
+            field: [("tune", field[0], args.seeds[0], setting, *how) for setting in settings]
+            for field, settings in chosen.items()
+        }
+        runs.run([job for of_field in jobs.values() for job in of_field])
+        for field, of_field in jobs.items():
+            best = sorted(of_field, key=lambda job: -best_gain(runs.rows[*job[:4], steps]))
+            chosen[field] = [job[3] for job in best[: -(-len(best) // 3)]]
+
+    # 2  Train the best for longer, and the same from a cache
+    final = [
+        (preference, settings[0]._replace(draws=0)) for (preference, _, _), settings in chosen.items() if settings
+    ]
+    final += [
+        (preference, setting._replace(draws=draws))
+        for preference, setting in final for draws in args.draws if setting.method not in UNCACHED
+    ]  # fmt: skip
+    lengths, scales = tuple(args.lengths), tuple(args.scales)
+    runs.run([
+        ("final", preference, seed, setting, lengths, scales, args.num_images)
+        for seed in args.seeds for preference, setting in final
+    ])  # fmt: skip
+
+    # 3  What they tell
+    finals = {
+        (preference, setting): [runs.rows["final", preference, seed, setting, lengths[-1]] for seed in args.seeds]
+        for preference, setting in sorted(final)
+    }
+    report = table(finals)
+    (output_dir / "table.md").write_text(report + "\n")
+    plot(finals, output_dir / "frontier.png", frontier, "damage, %")
+    plot(finals, output_dir / "time.png", race, "seconds of training on one core")
+    print(report)
 
 
 if __name__ == "__main__":
-    main(*parse_args())
+    main(parse_args())

@@ -41,12 +41,13 @@ def test_the_cost_of_a_gain_by_hand():
 
 def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     """Tuning keeps the better of two settings, finals are cached, too; the same command does nothing again."""
-    args = compare_objectives.parse_args([
+    argv = [
         "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",
         "--bands", "600", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
         "--rungs", "2", "--lengths", "1", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
         "--train_batch_size", "4", "--num_images", "4", "--workers", "1",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    args = compare_objectives.parse_args(argv)
     compare_objectives.main(args)
     with (tmp_path / "runs.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -63,6 +64,8 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     assert not list((tmp_path / "work").glob("final-*"))
     compare_objectives.main(args)
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(rows) + 1
+    with pytest.raises(SystemExit):
+        compare_objectives.parse_args([*argv, "--num_images", "5"])
 
 
 def test_the_rival_flips_winner_and_loser_apart():
