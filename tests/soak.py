@@ -1,15 +1,16 @@
 """What tests/soak.sh runs; see there."""
 
 import argparse
-import os
+import contextlib
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ONE_THREAD, ROOT, build_pipeline, command_line, pair_rows, write_parquet
@@ -59,14 +60,16 @@ def kill_until_done(folder, output, env, kills, processes, **options):
         with log.open("w") as stream:
             run = subprocess.Popen(
                 command(folder, output, processes, **options), env=env, stdout=stream, stderr=stream,
-                start_new_session=True,
             )  # fmt: skip
         try:
             if counts.total() >= kills:
                 longest = 1000
             run.wait(timeout=random.uniform(0.3 * longest, longest))
         except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
+            # A launcher's processes are in sessions of their own, and would outlive it and hold the folder's lock.
+            for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             run.wait()
             counts[phase_of(log.read_text(), folder / output, started)] += 1
             continue
