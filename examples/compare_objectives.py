@@ -1,7 +1,7 @@
 """Which objective gives more of what is preferred for the same damage, and how soon? Measured on the small world.
 
     python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison
-    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison --quick
+    python examples/compare_objectives.py --model examples/small_world_model --output_dir quick --quick
 
 Training moves a model along a curve: more of what is preferred, and more damage to the rest (evaluate.py). So methods
 are compared at equal damage, not at equal steps. For each preference, band of timesteps and method the program
@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 
 class FlippedApart(benchmark.PreferenceDataset):
-    """Winner and loser flipped by a coin each, as diffusers' DPO script for Stable Diffusion does it."""
+    """Winner and loser flipped independently, as diffusers' DPO script for Stable Diffusion does it."""
 
     def __getitem__(self, key_and_place):
         example = super().__getitem__(key_and_place)
@@ -80,7 +80,7 @@ LEARNING_RATES, BETAS = (3e-4, 6e-4, 1.2e-3), (250.0, 500.0, 1000.0)
 BANDS = (0, 300, 600)
 LIMITS = (0.02, 0.05, 0.1)  # of damage
 LIMIT = 0.05
-GOALS = {"area": 0.02, "sharpness": 0.02, "tone": 0.1}  # gains within LIMIT, whose cost is told
+GOALS = {"area": 0.02, "sharpness": 0.02, "tone": 0.1}  # gains within LIMIT, whose cost is reported
 TUNING_SCALES, TUNING_DRAWS = (0.5, 1.0), 4
 QUICK = {  # what --quick changes
     "preferences": ["area"], "methods": ["inpo", "diffusion_dpo", "diffusers_script"], "bands": [0], "rungs": [],
@@ -88,7 +88,14 @@ QUICK = {  # what --quick changes
     "seeds": [0], "num_images": 64,
 }  # fmt: skip
 UNCACHED = ("diffusers_script", "published_inpo")
-SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images")  # that all runs of a folder share
+SETTINGS = (
+    "model",
+    "num_pairs",
+    "train_batch_size",
+    "num_images",
+    "lengths",
+    "scales",
+)  # that all runs of a folder share
 COLUMNS = (
     "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
     "distance_ratio", "sharpness_ratio", "captions_obeyed", *(f"drift_{name}" for name in small_world.PREFERENCES),
@@ -131,7 +138,7 @@ def train(args, folder, cache_dir, preference, seed, setting, lengths):
     calls = [unet_calls(count) for count in calls]
     # What was done before the first step filled the cache, more of it than a shorter run would read
     filling = [max(0, 2 * ends[0] - ends[1] - probe.started), max(0, 2 * calls[0] - calls[1])]
-    wanted = min(lengths[-1] * args.train_batch_size, args.num_pairs * setting.draws)
+    wanted = len(list(Path(cache_dir).glob("*/draw-*/*.safetensors")))
     for length in lengths:
         spared = 1 - min(1, length * args.train_batch_size / wanted) if wanted else 0
         times.append((ends[length - 1] - probe.started - spared * filling[0], calls[length - 1] - spared * filling[1]))
@@ -147,18 +154,17 @@ def unet_calls(calls):
 
 def train_published(options, setting, folder, probe):
     """DDIM-InPO's released step, see benchmark.py; LoRAs are left where the training script leaves them."""
-    args, _ = train_inversion_dpo.parse_args(options)
+    args, seen = train_inversion_dpo.parse_args(options)[0], []
 
     def step(models, batch):
-        models = models._replace(alphas_cumprod=models.alphas_cumprod)
-        step.unet = models.unet
+        seen[:] = [models.unet]
         return benchmark.published_inpo(models, batch, num_steps=5, beta=setting.beta)
 
     def end_step():
         probe.end_step()
         count = len(probe.step_ends)
         if count % args.checkpointing_steps == 0:
-            write_lora(folder / f"checkpoint-{count}" / LORA_FILE, lora_weights(step.unet))
+            write_lora(folder / f"checkpoint-{count}" / LORA_FILE, lora_weights(*seen))
 
     benchmark.train_rival(train_inversion_dpo, options, step, end_step)
 
@@ -288,8 +294,9 @@ def table(finals):
         drawn = np.mean([best_gain(rows, LIMIT, "distance_ratio") for rows in runs])
         costs = [cost_of(rows, GOALS[preference]) for rows in runs]
         reached = [cost for cost in costs if cost]
-        seconds, calls = np.mean(reached, axis=0) if len(reached) == len(runs) else (None, None)
-        cost = f"{seconds:.0f} | {calls:,.0f}" if reached and seconds else f"never ({len(reached)} of {len(runs)}) | "
+        cost = f"{len(reached)} of {len(runs)} seeds reach it | "
+        if len(reached) == len(runs):
+            cost = "{:.0f} | {:,.0f}".format(*np.mean(reached, axis=0))
         lines.append(
             f"| {preference} | from {setting.band} | {label(setting)} | {setting.learning_rate:g}, {setting.beta:g} "
             f"| {gains} | {seeds} | {drawn:.3f} | {cost} |"
@@ -298,21 +305,20 @@ def table(finals):
     return "\n".join([*lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}."])
 
 
-def plot(finals, file, curve_of, x_label):
+def plot(finals, file, curve_of, x_label, y_label):
     """A panel for each preference and band, a line for each method; `curve_of(runs)` returns its x and y."""
     from matplotlib.figure import Figure
 
     preferences = list(dict.fromkeys(preference for preference, _ in finals))
     bands = sorted({setting.band for _, setting in finals})
-    methods = list(dict.fromkeys(label(setting) for _, setting in finals))
     figure = Figure(figsize=(4.2 * len(preferences), 3.2 * len(bands) + 0.5), layout="constrained")
     panels = figure.subplots(len(bands), len(preferences), squeeze=False, sharey="col")
     for (preference, setting), runs in finals.items():
         axes = panels[bands.index(setting.band), preferences.index(preference)]
-        color, style = f"C{methods.index(label(setting)) % 10}", "--" if setting.draws else "-"
-        axes.plot(*curve_of(runs), style, color=color, label=label(setting), marker=".", linewidth=1.6)
+        color, style = f"C{list(METHODS).index(setting.method)}", (0, (setting.draws, 1)) if setting.draws else "-"
+        axes.plot(*curve_of(runs), linestyle=style, color=color, label=label(setting), marker=".", linewidth=1.6)
         title = f"timesteps from {setting.band}" if setting.band else "whole schedule"
-        axes.set(title=f"{preference}, {title}", xlabel=x_label, ylabel="gain")
+        axes.set(title=f"{preference}, {title}", xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
     handles = {
         text: line for axes in panels.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -322,7 +328,9 @@ def plot(finals, file, curve_of, x_label):
 
 
 def frontier(runs):
-    limits = np.linspace(0, 0.12, 25)
+    """Damage in per cent, as far as every seed's went, and the most gain within it, mean over seeds."""
+    reached = min(max(row["damage"] for row in rows) for rows in runs) - 1
+    limits = np.linspace(0, min(max(reached, 0), 0.12), 25)
     return 100 * limits, [mean_gain(runs, limit) for limit in limits]
 
 
@@ -371,10 +379,10 @@ class Runs:
         """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales, num_images)."""
         jobs = [job for job in dict.fromkeys(jobs) if (*job[:4], job[4][-1]) not in self.rows]
         spawn = torch.multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.args.workers, mp_context=spawn) as pool:
-            for done, future in enumerate(
-                as_completed([pool.submit(train_and_judge, self.args, *job) for job in jobs]), start=1
-            ):
+        pool = ProcessPoolExecutor(self.args.workers, mp_context=spawn)
+        try:
+            futures = [pool.submit(train_and_judge, self.args, *job) for job in jobs]
+            for done, future in enumerate(as_completed(futures), start=1):
                 rows = future.result()
                 self.add(rows)
                 is_new = not self.file.exists()
@@ -388,10 +396,12 @@ class Runs:
                     f"{time.strftime('%H:%M:%S')} {stage} {done}/{len(jobs)} {preference} seed {seed} "
                     f"{tuple(setting)} {steps} steps: {best_gain(rows):.3f} within {LIMIT:.0%}", flush=True,
                 )  # fmt: skip
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def parse_args(argv=None):
-    path, count = os.path.expanduser, number(int, least=1)
+    path, count, steps = os.path.expanduser, number(int, least=1), number(int, least=2)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=path, required=True, help="Folder of the small world's pipeline")
@@ -403,16 +413,17 @@ def parse_args(argv=None):
     add("--learning_rates", nargs="+", type=float, default=list(LEARNING_RATES))
     add("--betas", nargs="+", type=float, default=list(BETAS))
     add("--draws", nargs="*", type=count, default=[1, 4], help="Cached draws a pair")
-    add("--rungs", nargs="*", type=count, default=[30, 90], help="Steps of the rounds of tuning")
-    add("--lengths", nargs="+", type=count, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
+    add("--rungs", nargs="*", type=steps, default=[30, 90], help="Steps of the rounds of tuning")
+    add("--lengths", nargs="+", type=steps, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
     add("--scales", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0, 1.25])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
     add("--num_pairs", type=count, default=256)
     add("--train_batch_size", type=count, default=16, help="Pairs a step")
-    add("--num_images", type=count, default=128, help="Pictures of a judgement")
+    add("--num_images", type=count, default=128, help="Pictures of an evaluation")
     add("--workers", type=count, default=2, help="Runs at a time, a core each")
     parser.set_defaults(**QUICK if parser.parse_known_args(argv)[0].quick else {})
     args = parser.parse_args(argv)
+    args.lengths = sorted(args.lengths)
     file, settings = Path(args.output_dir) / "settings.json", {name: getattr(args, name) for name in SETTINGS}
     if file.exists() and json.loads(file.read_text()) != settings:
         parser.error(
@@ -465,8 +476,8 @@ def main(args):
     }
     report = table(finals)
     (output_dir / "table.md").write_text(report + "\n")
-    plot(finals, output_dir / "frontier.png", frontier, "damage, %")
-    plot(finals, output_dir / "time.png", race, "seconds of training on one core")
+    plot(finals, output_dir / "frontier.png", frontier, "damage, %", "gain")
+    plot(finals, output_dir / "time.png", race, "seconds of training on one core", f"gain within {LIMIT:.0%} damage")
     print(report)
 
 

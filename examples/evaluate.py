@@ -85,9 +85,14 @@ def compare_looks(after, before, preference):
 
 
 def recommend(results):
-    """The scale of most gain within the damage limit, for {scale: `compare_looks`}; 0.0 if none gains."""
-    gains = {scale: result["gain"] for scale, result in results.items() if result["damage"] <= 1 + MAX_DAMAGE}
-    return max(gains, key=gains.get) if max(gains.values(), default=0) > 0 else 0.0
+    """The scale of most gain before the damage exceeds its limit, for {scale: `compare_looks`}; 0.0 if none gains."""
+    best = 0.0
+    for scale, result in sorted(results.items()):
+        if result["damage"] > 1 + MAX_DAMAGE:
+            break
+        if result["gain"] > (results[best]["gain"] if best else 0):
+            best = scale
+    return best
 
 
 def draw_before_after(rows, captions, title, subtitle, num_columns=10, zoom=2):
@@ -143,32 +148,27 @@ def main(args):
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    labels = {0.0: "base model", 0.5: "LoRA at 0.5", 1.0: "LoRA at 1", scale: f"LoRA at {scale:g},\nrecommended"}
-    labels = labels if scale else {**labels, 0.0: "base model"}
-    title = f"Preference: more {args.preference}" + ("" if scale else ". No scale is recommended")
+    labels = {0.5: "LoRA at 0.5", 1.0: "LoRA at 1", scale: f"LoRA at {scale:g},\nrecommended", 0.0: "base model"}
     low, high = found["win_rate_interval"]
     subtitle = (
         f"at scale {scale:g}, aligned beats base in {found['win_rate']:.1%} of {args.num_images} held-out samples "
         f"(95 % interval {low:.1%} to {high:.1%}); damage {found['damage'] - 1:+.1%}; "
         f"captions obeyed {found['captions_obeyed']:.1%}"
     )
+    title, no_scale = f"Preference: more {args.preference}", f"No scale gains within {MAX_DAMAGE:.0%} damage"
     rows = [(labels[scale], pictures[scale]) for scale in sorted(labels)]
-    draw_before_after(rows, captions, title, subtitle).save(output_dir / "before_after.png")
+    draw_before_after(rows, captions, title, subtitle if scale else no_scale).save(output_dir / "before_after.png")
     record = {"preference": args.preference, "num_images": args.num_images, "recommended_scale": scale}
     record["scales"] = {f"{scale:g}": result for scale, result in results.items()}
     (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
 
     print(f"scale   {args.preference:>9}     gain   win rate   damage   sharpness   captions obeyed")
-    for scale, result in results.items():
+    for at, result in results.items():
         print(
-            f"{scale:<5g}   {result['score']:9.3f}   {result['gain']:+.3f}   {result['win_rate']:8.1%}   "
+            f"{at:<5g}   {result['score']:9.3f}   {result['gain']:+.3f}   {result['win_rate']:8.1%}   "
             f"{result['damage'] - 1:+6.1%}   {result['sharpness_ratio'] - 1:+9.1%}   {result['captions_obeyed']:15.1%}"
         )
-    scale = record["recommended_scale"]
-    print(
-        f"Most gain within {MAX_DAMAGE:.0%} damage: scale {scale:g}" if scale
-        else f"No scale gains within {MAX_DAMAGE:.0%} damage"
-    )  # fmt: skip
+    print(f"Most gain within {MAX_DAMAGE:.0%} damage: scale {scale:g}" if scale else no_scale)
     print(f"picture: {output_dir / 'before_after.png'}")
 
 

@@ -88,9 +88,10 @@ def label_pairs(scores_0, scores_1, tie_margin):
 
 
 def balanced(differences, tolerance=0.02):
-    """Which pairs to keep, bool (N,): those whose mean winner minus loser (N, K) is at most the tolerance in all K.
+    """Which pairs to keep, bool (N,), for the mean winner minus loser, (N, K), to be within the tolerance in all K.
 
-    Leaves out the pair that pulls the means outwards most, one after another, a fifth of all at most.
+    Leaves out the pair that pulls the means outwards most, one after another. It stops at a fifth of all, which a few
+    hundred pairs do not need. Ties have differences of 0.
     """
     kept = np.ones(len(differences), dtype=bool)
     for _ in range(len(differences) // 5):

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # From nothing to an aligned model, on any machine: install, sample preference pairs from a small Stable Diffusion
-# pipeline, train a LoRA on them with the real script, and compare the model with and without it.
+# pipeline, train a LoRA on them with the real script, and compare the model with and without it at several scales.
 #
-#     bash examples/quickstart.sh [sdxl] [area | sharpness | tone]
+#     bash examples/quickstart.sh [sdxl] [tone | area | sharpness]
 #
-# The last argument is the hidden preference to teach (area if none is given); with sdxl, a small SDXL pipeline learns
+# The last argument is the hidden preference to teach (tone if none is given); with sdxl, a small SDXL pipeline learns
 # it by the SDXL script. Results go to quickstart/<preference> or quickstart/sdxl-<preference>.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,16 +15,16 @@ if [ "${1:-}" = sdxl ]; then
     script=train_inversion_dpo_sdxl.py model=examples/small_world_sdxl_model prefix=sdxl-
     shift
 fi
-preference=${1:-area}
-if [ $# -gt 1 ] || [[ ! $preference =~ ^(area|sharpness|tone)$ ]]; then
-    echo "usage: bash examples/quickstart.sh [sdxl] [area | sharpness | tone]; got '$arguments'" >&2
+preference=${1:-tone}
+if [ $# -gt 1 ] || [[ ! $preference =~ ^(tone|area|sharpness)$ ]]; then
+    echo "usage: bash examples/quickstart.sh [sdxl] [tone | area | sharpness]; got '$arguments'" >&2
     exit 2
 fi
 results=quickstart/$prefix$preference
 if [ -e "$results" ]; then
-    [ -e "$results/before_after.png" ] && remedy="look at $results/before_after.png, or remove the folder to run again" \
-        || remedy="an earlier run did not finish; remove the folder to run again"
-    echo "$results exists already: $remedy" >&2
+    [ -e "$results/before_after.png" ] && hint="look at $results/before_after.png, or remove the folder to run again" \
+        || hint="an earlier run did not finish; remove the folder to run again"
+    echo "$results exists already: $hint" >&2
     exit 2
 fi
 
@@ -42,17 +42,15 @@ echo "2/3  Training"
     --train_data_dir "$results/pairs" \
     --output_dir "$results/lora" \
     --resolution 64 \
-    --timesteps_per_pair 2 \
-    --min_timestep 600 \
-    --train_batch_size 8 \
-    --max_train_steps 80 \
+    --train_batch_size 16 \
+    --max_train_steps 40 \
     --learning_rate 5e-4 \
-    --beta_dpo 1000 \
+    --beta_dpo 500 \
     --validation_prompts "a red circle" "a blue star" \
     --validation_guidance_scale 1.5 \
     --validation_inference_steps 16
 
-echo "3/3  Comparing: the same held-out captions and seeds with and without the LoRA"
+echo "3/3  Comparing: the same held-out captions and seeds at several scales of the LoRA"
 .venv/bin/python examples/evaluate.py --model $model --lora "$results/lora" --preference "$preference" \
     --output_dir "$results"
 echo "Done in $((SECONDS - started)) seconds after installation"

@@ -3,7 +3,6 @@
 import csv
 
 import compare_objectives
-import numpy as np
 import pytest
 import torch
 from compare_objectives import Setting, best_gain, cost_of, gain_within
@@ -43,8 +42,8 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     """Tuning keeps the better of two settings, finals are cached, too; the same command does nothing again."""
     argv = [
         "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",
-        "--bands", "600", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
-        "--rungs", "2", "--lengths", "1", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
+        "published_inpo", "--bands", "0", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
+        "--rungs", "2", "--lengths", "4", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
         "--train_batch_size", "4", "--num_images", "4", "--workers", "1",
     ]  # fmt: skip
     args = compare_objectives.parse_args(argv)
@@ -52,13 +51,21 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     with (tmp_path / "runs.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert tuple(rows[0]) == compare_objectives.COLUMNS
-    stages = [(row["stage"], row["draws"], row["learning_rate"]) for row in rows]
-    assert len([s for s in stages if s[0] == "tune"]) == 2 * 2 * 2 and len(rows) == 8 + 2 * 4
-    assert {s[1:] for s in stages if s[0] == "final"} == {("0", "0.01"), ("1", "0.01")}
-    costs = {(r["draws"], r["step"]): (float(r["calls"]), float(r["seconds"])) for r in rows if r["stage"] == "final"}
+    stages = [(row["stage"], row["method"], row["draws"], row["learning_rate"]) for row in rows]
+    assert len([s for s in stages if s[0] == "tune"]) == 2 * 2 * 2 * 2 and len(rows) == 16 + 3 * 4
+    assert {s[1:3] for s in stages if s[0] == "final"} == {
+        ("diffusion_dpo", "0"), ("diffusion_dpo", "1"), ("published_inpo", "0")
+    }  # fmt: skip
+    costs = {
+        (r["method"], r["draws"], r["step"]): (float(r["calls"]), float(r["seconds"]))
+        for r in rows if r["stage"] == "final"
+    }  # fmt: skip
     # Latents: a batch of 8, with gradient twice, and one forward by the reference, which the cache takes once a pair
-    assert [costs["0", step][0] for step in "12"] == [24, 48] == [costs["1", step][0] for step in "12"]
-    assert 0 < costs["0", "1"][1] < costs["0", "2"][1]
+    assert [costs["diffusion_dpo", "0", step][0] for step in "24"] == [48, 96]
+    assert costs["diffusion_dpo", "1", "2"][0] == 48 and 64 + 2 * 8 < costs["diffusion_dpo", "1", "4"][0] <= 96
+    # The same, and five forwards more for the inversion
+    assert [costs["published_inpo", "0", step][0] for step in "24"] == [2 * 8 * 8, 4 * 8 * 8]
+    assert 0 < costs["diffusion_dpo", "0", "2"][1] < costs["diffusion_dpo", "0", "4"][1]
     for name in ("table.md", "frontier.png", "time.png"):
         assert (tmp_path / name).stat().st_size > 100
     assert not list((tmp_path / "work").glob("final-*"))
@@ -73,11 +80,10 @@ def test_the_rival_flips_winner_and_loser_apart():
         def __init__(self):
             self.seed = 0
 
-    ones = {"pixel_values": np.arange(12.0).reshape(2, 3, 1, 2)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             compare_objectives.benchmark.PreferenceDataset, "__getitem__",
-            lambda self, item: {"pixel_values": torch.tensor(ones["pixel_values"])},
+            lambda self, item: {"pixel_values": torch.arange(12.0).reshape(2, 3, 1, 2)},
         )  # fmt: skip
         seen = {
             tuple(bool(image[0, 0, 0] > image[0, 0, 1]) for image in Pairs()[(0, visit), 0]["pixel_values"])
@@ -86,10 +92,18 @@ def test_the_rival_flips_winner_and_loser_apart():
     assert seen == {(False, False), (False, True), (True, False), (True, True)}
 
 
-def test_settings_to_tune():
-    args = compare_objectives.parse_args(["--model", "m", "--output_dir", "o"])
-    assert len(compare_objectives.settings_to_tune(args, "inpo", 300)) == 9
-    assert len(compare_objectives.settings_to_tune(args, "diffusion_dpo", 0)) == 9
+def test_rivals_are_tuned_as_far_as_they_have_options():
+    args = compare_objectives.parse_args(["--model", "m", "--output_dir", "o", "--quick"])
+    assert args.lengths == [30, 60, 120] and args.rungs == []
     own = compare_objectives.settings_to_tune(args, "diffusers_script", 0)
     assert own == [Setting("diffusers_script", 0, rate, 5000.0) for rate in args.learning_rates]
     assert compare_objectives.settings_to_tune(args, "published_inpo", 600) == []
+
+
+def test_curves_by_hand():
+    """As far as the damage of every run went, and the best so far at each length; means over two runs."""
+    one, other = rows_of((10, 4.0, 1, 0.02), (20, 8.0, 1, 0.01)), rows_of((10, 6.0, 1, 0.04), (20, 10.0, 1, 0.06))
+    assert compare_objectives.race([one, other]) == ([0, 5.0, 9.0], [0, pytest.approx(0.03), pytest.approx(0.04)])
+    one[0]["damage"], other[0]["damage"] = 1.04, 1.2
+    damage, gains = compare_objectives.frontier([one, other])
+    assert damage[0] == 0 and damage[-1] == pytest.approx(4) and gains[-1] == pytest.approx((0.02 + 0.06) / 2)

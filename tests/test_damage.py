@@ -88,7 +88,7 @@ def result(gain, damage):
 
 
 def test_the_recommended_scale_gains_most_within_the_limit():
-    results = {0.25: result(0.1, 1.01), 0.5: result(0.2, 1.05), 0.75: result(0.3, 1.051), 1.0: result(0.4, 1.2)}
+    results = {0.25: result(0.1, 1.01), 0.5: result(0.2, 1.05), 0.75: result(0.3, 1.051), 1.0: result(0.4, 1.0)}
     assert evaluate.recommend(results) == 0.5
     assert evaluate.recommend({0.25: result(-0.1, 0.9), 0.5: result(0.2, 1.2)}) == 0.0
     assert evaluate.recommend({0.25: result(0.1, 1.2)}) == 0.0
