@@ -33,6 +33,7 @@ sample() { # folder, seed, options: 120 pairs, the best and the worst of four pi
 train() { # pairs, folder, steps, options
     .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
         train_inversion_dpo.py --pretrained_model_name_or_path $model --train_data_dir "$1" --output_dir "$2" \
+        --objective inversion_dpo \
         --max_train_steps "$3" --resolution 64 --timesteps_per_pair 2 --min_timestep 600 --train_batch_size 8 \
         --learning_rate 5e-4 --beta_dpo 1000 "${@:4}"
 }
