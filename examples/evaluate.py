@@ -80,7 +80,7 @@ def compare_looks(after, before, preference):
         "distance_ratio": distance_ratio,
         "sharpness_ratio": sharpness_ratio,
         "captions_obeyed": float(after.is_obeyed.mean()),
-        **{f"drift_{name}": float(change[name] / before.scores[name].std()) for name in change},
+        **{f"drift_{name}": float(change[name] / max(before.scores[name].std(), 1e-6)) for name in change},
     }
 
 

@@ -44,7 +44,7 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
         "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",
         "published_inpo", "--bands", "0", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
         "--rungs", "2", "--lengths", "4", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
-        "--train_batch_size", "4", "--num_images", "4", "--workers", "1",
+        "--train_batch_size", "4", "--num_images", "2", "--workers", "1",
     ]  # fmt: skip
     args = compare_objectives.parse_args(argv)
     compare_objectives.main(args)
