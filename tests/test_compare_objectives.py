@@ -43,7 +43,7 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     argv = [
         "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",
         "published_inpo", "--bands", "0", "--learning_rates", "1e-9", "1e-2", "--betas", "500", "--draws", "1",
-        "--rungs", "2", "--lengths", "4", "2", "--scales", "0.5", "1", "--seeds", "3", "--num_pairs", "16",
+        "--rungs", "2", "--lengths", "4", "2", "--scales", "1", "--seeds", "3", "--num_pairs", "16",
         "--train_batch_size", "4", "--num_images", "2", "--workers", "1",
     ]  # fmt: skip
     args = compare_objectives.parse_args(argv)
@@ -52,7 +52,7 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
         rows = list(csv.DictReader(stream))
     assert tuple(rows[0]) == compare_objectives.COLUMNS
     stages = [(row["stage"], row["method"], row["draws"], row["learning_rate"]) for row in rows]
-    assert len([s for s in stages if s[0] == "tune"]) == 2 * 2 * 2 * 2 and len(rows) == 16 + 3 * 4
+    assert len([s for s in stages if s[0] == "tune"]) == 2 * 2 * 2 * 2 and len(rows) == 16 + 3 * 2
     assert {s[1:3] for s in stages if s[0] == "final"} == {
         ("diffusion_dpo", "0"), ("diffusion_dpo", "1"), ("published_inpo", "0")
     }  # fmt: skip
