@@ -1374,7 +1374,8 @@ def find_checkpoint(
                     aside = aside.with_name(f"{aside.name}-again")
                 folder.rename(aside)
                 note(f"{folder.name}: {damage}; it is now {aside.name}")
-                _ = checkpoints or note("no sound checkpoint is left, so a run starts at step 0")
+                if not checkpoints:
+                    note("no sound checkpoint is left, so a run starts at step 0")
         if not checkpoints:
             return None
     named = [Path(output_dir) / resume_from_checkpoint, Path(resume_from_checkpoint)]

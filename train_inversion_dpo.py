@@ -550,8 +550,8 @@ def batches_of(items, batch_size, wanted):
 
     So an item's batch, and with it the last bits of its targets, are the same whatever has been found already.
     """
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    return [batch for batch in batches if not set(wanted).isdisjoint(batch)]
+    wanted, batches = set(wanted), [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    return [batch for batch in batches if not wanted.isdisjoint(batch)]
 
 
 def fill_cache(accelerator, cache, batches, load, find_targets, note, stop):
@@ -570,17 +570,16 @@ def fill_cache(accelerator, cache, batches, load, find_targets, note, stop):
     return bool(accelerator.reduce(torch.tensor(float(stop.received), device=accelerator.device)) > 0)
 
 
-def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targets, note, cache):
+def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targets, note, cache, missing):
     """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band."""
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places = range(len(pairs))[accelerator.process_index :: accelerator.num_processes]
     dataset, targets = PreferenceDataset(pairs, args.resolution, num_bands, args.seed), []
-    missing = [place for place, _ in cache.missing([(x, 0) for x in places], lambda _: None)] if cache else places
 
     def batches(places, wanted):
         return [[((5, x, 0), x) for x in batch] for batch in batches_of(places, args.train_batch_size, wanted)]
 
-    for batch in load(dataset, batch_sampler=batches(places, missing)):
+    for batch in load(dataset, batch_sampler=batches(places, missing if cache else places)):
         note(batch["skipped"])
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
@@ -736,7 +735,8 @@ def main(argv=None):
             draws = draws[rank::num_processes]
             missing = cache.missing(draws, warn)
             eval_cache = cache.part("held-out")
-            eval_missing = eval_cache.missing([(place, 0) for place in range(args.num_eval_pairs)], warn)
+            draws_of_held_out = [(place, 0) for place in range(args.num_eval_pairs)]
+            eval_missing = [place for place, _ in eval_cache.missing(draws_of_held_out, warn)]
     except OSError as problem:
         error(f"--inversion_cache_dir {args.inversion_cache_dir} cannot be used: {one_line(problem)}")
     has_encoders = not cache or bool(missing or eval_missing or args.validation_prompts)
@@ -836,7 +836,7 @@ def main(argv=None):
     if accelerator.is_main_process:
         cut_metrics(output_dir / METRICS_FILE, step, logger.warning)
     if args.num_eval_pairs and not is_stopping:
-        how = (step, training_timesteps, load_images, find_targets, note, eval_cache)
+        how = (step, training_timesteps, load_images, find_targets, note, eval_cache, eval_missing)
         held_out = hold_out(args, accelerator, eval_pairs, *how)
     if is_stopping or args.precompute_only:
         stop.restore()

@@ -88,14 +88,8 @@ QUICK = {  # what --quick changes
     "seeds": [0], "num_images": 64,
 }  # fmt: skip
 UNCACHED = ("diffusers_script", "published_inpo")
-SETTINGS = (
-    "model",
-    "num_pairs",
-    "train_batch_size",
-    "num_images",
-    "lengths",
-    "scales",
-)  # that all runs of a folder share
+# What all runs of a folder share
+SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images", "lengths", "scales")
 COLUMNS = (
     "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
     "distance_ratio", "sharpness_ratio", "captions_obeyed", *(f"drift_{name}" for name in small_world.PREFERENCES),
@@ -172,7 +166,7 @@ def train_published(options, setting, folder, probe):
 @cache
 def start_worker(model, output_dir, num_images):
     """What every run of a worker needs: the pipeline, and the base model's pictures as they are seen by the judges."""
-    pictures, captions = np.load(Path(output_dir) / "base.npy")[:num_images], evaluate.held_out(num_images)[0]
+    pictures, captions = np.load(Path(output_dir) / "base.npy"), evaluate.held_out(num_images)[0]
     return make_pairs.load_pipeline(model), evaluate.look_at(pictures, captions)
 
 
