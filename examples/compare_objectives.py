@@ -8,7 +8,8 @@ are compared at equal damage, not at equal steps. For each preference, band of t
 
     1  tunes learning rate and beta by successive halving: all settings for a few steps, the best third for more, by
        the gain within 5 % damage;
-    2  trains the best setting for longer, with several seeds, and the same from caches;
+    2  trains the best setting for longer, with several seeds, and the same from caches; of the bands, the widest and
+       the best of the others;
     3  judges the LoRA at several lengths of training and several scales.
 
 It writes to --output_dir, and goes on there after an interruption:
@@ -204,17 +205,16 @@ def pairs_folder(args, preference, seed):
 
 def prepare(args):
     """Samples the base model's pictures for the judges and every set of pairs, where they are not there yet."""
-    base = Path(args.output_dir) / "base.npy"
+    pipeline, base = make_pairs.load_pipeline(args.model), Path(args.output_dir) / "base.npy"
     if not base.exists():
-        pictures, _ = evaluate.sample_held_out(make_pairs.load_pipeline(args.model), args.num_images)
-        np.save(base, pictures)
-    for preference, seed in itertools.product(args.preferences, args.seeds):
-        folder = pairs_folder(args, preference, seed)
-        if not (folder / "train.parquet").exists():
-            make_pairs.main(make_pairs.parse_args([
-                "--model", args.model, "--preference", preference, "--output_dir", str(folder),
-                "--num_pairs", str(args.num_pairs), "--seed", str(seed),
-            ]))  # fmt: skip
+        np.save(base, evaluate.sample_held_out(pipeline, args.num_images)[0])
+    for seed in args.seeds:
+        files = {name: pairs_folder(args, name, seed) / "train.parquet" for name in args.preferences}
+        missing = {name: file for name, file in files.items() if not file.exists()}
+        if missing:
+            candidates = make_pairs.sample_candidates(pipeline, args.num_pairs, seed)
+        for name, file in missing.items():
+            make_pairs.write_pairs(file, *candidates, name)
 
 
 # What runs tell
@@ -439,7 +439,7 @@ def main(args):
         for preference in args.preferences for method in args.methods for band in args.bands
     }  # fmt: skip
     for steps in args.rungs:
-        how = (steps // 2, steps), TUNING_SCALES, max(1, args.num_images // 2)
+        how = (steps,), TUNING_SCALES, max(1, args.num_images // 2)
         jobs = {
             field: [("tune", field[0], args.seeds[0], setting, *how) for setting in settings]
             for field, settings in chosen.items()
@@ -449,10 +449,15 @@ def main(args):
             best = sorted(of_field, key=lambda job: -best_gain(runs.rows[*job[:4], steps]))
             chosen[field] = [job[3] for job in best[: -(-len(best) // 3)]]
 
-    # 2  Train the best for longer, and the same from a cache
-    final = [
-        (preference, settings[0]._replace(draws=0)) for (preference, _, _), settings in chosen.items() if settings
-    ]
+    # 2  Train the best for longer, in the widest band and in the best of the others, and the same from a cache
+    final = []
+    for preference, method in itertools.product(args.preferences, args.methods):
+        tuned = [chosen[preference, method, band] for band in sorted(args.bands)]
+        widest, *others = [settings[0] for settings in tuned if settings]
+        if args.rungs:
+            found = {s: best_gain(runs.rows["tune", preference, args.seeds[0], s, args.rungs[-1]]) for s in others}
+            others = sorted(others, key=found.get)[-1:]
+        final += [(preference, setting._replace(draws=0)) for setting in (widest, *others)]
     final += [
         (preference, setting._replace(draws=draws))
         for preference, setting in final for draws in args.draws if setting.method not in UNCACHED

@@ -7,7 +7,8 @@ the name, since JPEG would blur the very edges that the sharpness preference jud
 image 1 won, 0.5 for a tie) and `caption`. Load it with `load_dataset("parquet", data_files="<output_dir>/*.parquet")`.
 
 Among a few hundred pairs, winners differ from losers by chance in what is not judged, too, and a model learns that as
-well. So some pairs are left out, until winners and losers are alike on average in the other attributes.
+well. So some pairs are left out, until winners and losers are alike on average in the other attributes. Only in
+sharpness winners stay a little ahead: training softens edges, whatever is preferred, and such pairs make up for it.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from PIL import Image
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 from diffusers import DiffusionPipeline
 
-SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 64}  # defaults of options and functions
+SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 16}  # defaults of options and functions
+TIE_MARGIN = 0.01
+SHARPER_WINNERS = 0.25  # standard deviations
 
 
 def add_sampling_options(parser):
@@ -115,46 +118,57 @@ def parse_args(argv=None):
     parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
     parser.add_argument("--output_dir", type=path, required=True, help="Folder for train.parquet")
     parser.add_argument("--num_pairs", type=int, default=256)
-    parser.add_argument("--tie_margin", type=float, default=0.01, help="Scores closer than this are labelled a tie")
+    parser.add_argument(
+        "--tie_margin", type=float, default=TIE_MARGIN, help="Scores closer than this are labelled a tie"
+    )
     add_sampling_options(parser)
     args = parser.parse_args(argv)
     check_options(parser, args, "train.parquet", "num_pairs")
     return args
 
 
-def main(args):
-    # All first images, then all second images; no two of them share a seed.
-    captions = [small_world.TRAINING_CAPTIONS[i % len(small_world.TRAINING_CAPTIONS)] for i in range(args.num_pairs)]
-    seeds = [args.seed * 2 * args.num_pairs + i for i in range(2 * args.num_pairs)]
-    pictures = sample_pictures(
-        load_pipeline(args.model), captions * 2, seeds, args.num_inference_steps, args.guidance_scale, args.batch_size
-    )
+def sample_candidates(pipeline, num_pairs, seed, **sampling):
+    """Captions of N pairs, and their pictures, uint8 (2N, H, W, 3): all first images, then all second images."""
+    captions = [small_world.TRAINING_CAPTIONS[i % len(small_world.TRAINING_CAPTIONS)] for i in range(num_pairs)]
+    seeds = [seed * 2 * num_pairs + i for i in range(2 * num_pairs)]  # no two pictures share one
+    return captions, sample_pictures(pipeline, captions * 2, seeds, **sampling)
 
+
+def write_pairs(path, captions, pictures, preference, tie_margin=TIE_MARGIN):
+    """Labels pairs, see `sample_candidates`, by a preference, and writes them as parquet, but for a few."""
     scores = {  # (2, N) each
         name: np.array([score(picture) for picture in pictures]).reshape(2, -1)
         for name, score in small_world.PREFERENCES.items()
     }
-    label_0 = label_pairs(*scores[args.preference], args.tie_margin)
-    others = [values for name, values in scores.items() if name != args.preference]
-    differences = [(2 * label_0 - 1) * (first - second) / np.std([first, second]) for first, second in others]
-    kept = np.flatnonzero(balanced(np.stack(differences, axis=1)))
-    files, (scores_0, scores_1) = [encode_png(picture) for picture in pictures], scores[args.preference][:, kept]
+    label_0 = label_pairs(*scores[preference], tie_margin)
+    excess = [
+        (2 * label_0 - 1) * (first - second) / np.std([first, second])
+        - (label_0 != 0.5) * (SHARPER_WINNERS if name == "sharpness" else 0.0)
+        for name, (first, second) in scores.items() if name != preference
+    ]  # fmt: skip
+    kept = np.flatnonzero(balanced(np.stack(excess, axis=1)))
+    files, (scores_0, scores_1) = [encode_png(picture) for picture in pictures], scores[preference][:, kept]
     columns = {
         "jpg_0": [files[i] for i in kept],
-        "jpg_1": [files[args.num_pairs + i] for i in kept],
+        "jpg_1": [files[len(captions) + i] for i in kept],
         "label_0": label_0[kept],
         "caption": [captions[i] for i in kept],
     }
-    path = Path(args.output_dir) / "train.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     pq.write_table(pa.table(columns), unfinished)
     unfinished.replace(path)
     print(
-        f"wrote {path}: {len(kept)} of {args.num_pairs} pairs, {(label_0[kept] == 0.5).sum()} of them ties; "
-        f"mean {args.preference} of winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers "
+        f"wrote {path}: {len(kept)} of {len(captions)} pairs, {(label_0[kept] == 0.5).sum()} of them ties; "
+        f"mean {preference} of winners {np.maximum(scores_0, scores_1).mean():.3f}, of losers "
         f"{np.minimum(scores_0, scores_1).mean():.3f}"
     )
+
+
+def main(args):
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    captions, pictures = sample_candidates(load_pipeline(args.model), args.num_pairs, args.seed, **sampling)
+    write_pairs(Path(args.output_dir) / "train.parquet", captions, pictures, args.preference, args.tie_margin)
 
 
 if __name__ == "__main__":

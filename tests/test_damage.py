@@ -61,13 +61,19 @@ def test_another_caption_is_far(drawn):
     assert far.min() > 5 * near.max()
 
 
-def test_pictures_are_compared_at_the_same_size():
-    """Distances that grow with the size of shapes as the base model's do are no damage; all doubled are."""
-    area = np.array([0.1, 0.2, 0.3])
-    small = damage.Fit(1 + damage.SIZE_SLOPE * np.sqrt(area), area, None, None)
-    large = damage.Fit(1 + damage.SIZE_SLOPE * np.sqrt(2 * area), 2 * area, None, None)
-    assert damage.distance_ratio(large, small) == pytest.approx(1)
-    assert damage.distance_ratio(large._replace(distance=2 * large.distance), small) == pytest.approx(2)
+def test_pictures_are_compared_at_the_same_size_and_edge():
+    """Distances that grow with size and sharpness as the base model's do are no damage; all doubled are."""
+    area, width = np.array([0.1, 0.2, 0.3]), np.array([2.0, 4.0, 8.0])
+
+    def looks(area, width):
+        distance = 1 + damage.SIZE_SLOPE * np.sqrt(area) + damage.EDGE_SLOPE * np.log(width)
+        return damage.Fit(distance, area, width, None)
+
+    small, large, sharp = looks(area, width), looks(2 * area, width), looks(area, width / 2)
+    assert large.distance.mean() > small.distance.mean() and sharp.distance.mean() > small.distance.mean()
+    for other in (large, sharp):
+        assert damage.distance_ratio(other, small) == pytest.approx(1)
+        assert damage.distance_ratio(other._replace(distance=2 * other.distance), small) == pytest.approx(2)
 
 
 def test_blur_is_damage_although_soft_drawings_exist(drawn):

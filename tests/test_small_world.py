@@ -7,6 +7,7 @@ import benchmark
 import evaluate
 import make_pairs
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import small_world
 import torch
@@ -19,6 +20,7 @@ from inversion_utils import (
     PreferenceDataset,
     add_noise,
     collate,
+    decode_image,
     encode_images,
     forward_noise,
     invert,
@@ -178,6 +180,24 @@ def test_pairs_are_balanced_in_what_is_not_judged():
     assert np.abs(differences[kept].mean(axis=0)).max() <= 0.02 < np.abs(differences.mean(axis=0)).max()
     assert 160 <= kept.sum() < 190 and kept[:20].all()
     assert make_pairs.balanced(np.array([[1.0], [-1.0], [0.0]])).all()
+
+
+def test_winners_are_a_little_sharper_and_else_alike(tmp_path):
+    rng, (captions, count) = np.random.default_rng(0), (small_world.TRAINING_CAPTIONS, 120)
+    captions = [captions[i % len(captions)] for i in range(count)]
+    pictures = np.stack([small_world.draw(caption, small_world.random_look(rng)) for caption in captions * 2])
+    make_pairs.write_pairs(tmp_path / "train.parquet", captions, pictures, "area")
+    rows = pq.read_table(tmp_path / "train.parquet").to_pylist()
+    assert 0.8 * count <= len(rows) < count
+    ahead = {}
+    for name, score in small_world.PREFERENCES.items():
+        scores = np.array(
+            [[score(np.asarray(decode_image(row[image]))) for image in ("jpg_0", "jpg_1")] for row in rows]
+        )
+        label_0 = np.array([row["label_0"] for row in rows])
+        ahead[name] = ((2 * label_0 - 1) * (scores[:, 0] - scores[:, 1])).mean() / scores.std()
+    assert ahead["area"] > 0.5 and abs(ahead["tone"]) < 0.05
+    assert ahead["sharpness"] == pytest.approx(make_pairs.SHARPER_WINNERS, abs=0.05)
 
 
 @pytest.mark.skipif(not benchmark.CLEAR_REFS.exists(), reason="Linux tells the peak of the process")
