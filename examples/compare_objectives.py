@@ -300,24 +300,29 @@ def table(finals):
 
 
 def plot(finals, file, curve_of, x_label, y_label):
-    """A panel for each preference and band, a line for each method; `curve_of(runs)` returns its x and y."""
+    """A column for each preference, a line for each method; `curve_of(runs)` returns its x and y.
+
+    The upper row shows the widest band of timesteps, the lower one for each method the best of the others.
+    """
     from matplotlib.figure import Figure
 
     preferences = list(dict.fromkeys(preference for preference, _ in finals))
-    bands = sorted({setting.band for _, setting in finals})
-    figure = Figure(figsize=(4.2 * len(preferences), 3.2 * len(bands) + 0.5), layout="constrained")
-    panels = figure.subplots(len(bands), len(preferences), squeeze=False, sharey="col")
+    bands = {setting.band for _, setting in finals}
+    num_rows = min(len(bands), 2)
+    figure = Figure(figsize=(4.2 * len(preferences), 3.4 * num_rows), layout="constrained")
+    panels = figure.subplots(num_rows, len(preferences), squeeze=False, sharey="col")
     for (preference, setting), runs in finals.items():
-        axes = panels[bands.index(setting.band), preferences.index(preference)]
+        is_widest = setting.band == min(bands)
+        axes = panels[0 if is_widest else 1, preferences.index(preference)]
         color, style = f"C{list(METHODS).index(setting.method)}", (0, (setting.draws, 1)) if setting.draws else "-"
-        axes.plot(*curve_of(runs), linestyle=style, color=color, label=label(setting), marker=".", linewidth=1.6)
-        title = f"timesteps from {setting.band}" if setting.band else "whole schedule"
-        axes.set(title=f"{preference}, {title}", xlabel=x_label, ylabel=y_label)
+        text = label(setting) + ("" if is_widest else f", from {setting.band}")
+        axes.plot(*curve_of(runs), linestyle=style, color=color, label=text, marker=".", linewidth=1.6)
+        band = f"from {setting.band}" if setting.band else "whole schedule"
+        axes.set_title(f"{preference}, {band if is_widest else 'best band'}")
+    for axes in panels.flat:
+        axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
-    handles = {
-        text: line for axes in panels.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+        axes.legend(fontsize=8)
     figure.savefig(file, dpi=110)
 
 
