@@ -1,18 +1,19 @@
 """Which objective gives more of what is preferred for the same damage, and how soon? Measured on the small world.
 
     python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison
-    python examples/compare_objectives.py --model examples/small_world_model --output_dir quick --quick
+    python examples/compare_objectives.py --model examples/small_world_model --output_dir comparison-quick --quick
 
 Training moves a model along a curve: more of what is preferred, and more damage to the rest (evaluate.py). So methods
 are compared at equal damage, not at equal steps. For each preference, band of timesteps and method the program
 
     1  tunes learning rate and beta by successive halving: all settings for a few steps, the best third for more, by
-       the gain within 5 % damage;
+       the gain within 5 % damage, on pictures of their own;
     2  trains the best setting for longer, with several seeds, and the same from caches; of the bands, the widest and
        the best of the others;
     3  judges the LoRA at several lengths of training and several scales.
 
-It writes to --output_dir, and goes on there after an interruption:
+It writes to --output_dir, and goes on there after an interruption. The same command with other methods, bands, seeds
+or caches adds their runs:
 
     runs.csv       every LoRA that was judged: setting, step, seconds, U-Net calls, scale, gain, damage, drifts
     table.md       gains at 2, 5 and 10 % damage, and seconds and calls until a gain within 5 % damage was reached
@@ -21,11 +22,12 @@ It writes to --output_dir, and goes on there after an interruption:
 
 Seconds are those of one core, from the first model call, filling a cache included. U-Net calls count latents, a
 forward and a backward as one each. A shorter run is the beginning of a longer one, and fills only what its steps read.
-Tuning trains from a cache that its runs share, which costs half as much and changes little.
+Tuning trains from a cache that its runs share, which costs half as much and changes little; its cost is not told.
 """
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import os
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import benchmark
+import damage
 import evaluate
 import make_pairs
 import numpy as np
@@ -80,17 +83,22 @@ SCRIPT_BETA = 5000.0  # diffusers' default is 2500, without the half that our be
 LEARNING_RATES, BETAS = (3e-4, 6e-4, 1.2e-3), (250.0, 500.0, 1000.0)
 BANDS = (0, 300, 600)
 LIMITS = (0.02, 0.05, 0.1)  # of damage
-LIMIT = 0.05
+LIMIT = evaluate.MAX_DAMAGE
 GOALS = {"area": 0.02, "sharpness": 0.02, "tone": 0.1}  # gains within LIMIT, whose cost is reported
-TUNING_SCALES, TUNING_DRAWS = (0.5, 1.0), 4
+TUNING_SCALES, TUNING_DRAWS = (0.125, 0.25, 0.5, 1.0), 4
 QUICK = {  # what --quick changes
     "preferences": ["area"], "methods": ["inpo", "diffusion_dpo", "diffusers_script"], "bands": [0], "rungs": [],
     "learning_rates": [6e-4], "betas": [500.0], "draws": [4], "lengths": [30, 60, 120],
     "seeds": [0], "num_images": 64,
 }  # fmt: skip
 UNCACHED = ("diffusers_script", "published_inpo")
-# What all runs of a folder share
+PICTURE_SEEDS = {"final": 0, "tune": 1}
+# What all runs of a folder share, beside the pairs and the meter
 SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images", "lengths", "scales")
+CONSTANTS = {
+    "sharper_winners": make_pairs.SHARPER_WINNERS, "sampling": make_pairs.SAMPLING,
+    "size_slope": damage.SIZE_SLOPE, "edge_slope": damage.EDGE_SLOPE,
+}  # fmt: skip
 COLUMNS = (
     "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
     "distance_ratio", "sharpness_ratio", "captions_obeyed", *(f"drift_{name}" for name in small_world.PREFERENCES),
@@ -165,10 +173,10 @@ def train_published(options, setting, folder, probe):
 
 
 @cache
-def start_worker(model, output_dir, num_images):
+def start_worker(model, file):
     """What every run of a worker needs: the pipeline, and the base model's pictures as they are seen by the judges."""
-    pictures, captions = np.load(Path(output_dir) / "base.npy"), evaluate.held_out(num_images)[0]
-    return make_pairs.load_pipeline(model), evaluate.look_at(pictures, captions)
+    pictures = np.load(file)
+    return make_pairs.load_pipeline(model), evaluate.look_at(pictures, evaluate.held_out(len(pictures))[0])
 
 
 def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num_images):
@@ -181,13 +189,16 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num
         cache_dir = folder / "cache"
     shutil.rmtree(folder, ignore_errors=True)
     costs = train(args, folder, cache_dir, preference, seed, setting, lengths)
-    pipeline, base = start_worker(args.model, args.output_dir, args.num_images)
+    if stage == "tune":  # whose cache others have filled
+        costs = [(np.nan, np.nan)] * len(costs)
+    picture_seed = PICTURE_SEEDS[stage]
+    pipeline, base = start_worker(args.model, base_file(args, stage))
     base = evaluate.first(base, num_images)
     for length, (seconds, calls) in zip(lengths, costs, strict=True):
         pipeline.load_lora_weights(folder / f"checkpoint-{length}", adapter_name="judged")
         for scale in scales:
             pipeline.set_adapters("judged", scale)
-            pictures, captions = evaluate.sample_held_out(pipeline, num_images)
+            pictures, captions = evaluate.sample_held_out(pipeline, num_images, picture_seed)
             found = evaluate.compare_looks(evaluate.look_at(pictures, captions), base, preference)
             rows.append({
                 "stage": stage, "preference": preference, "seed": seed, **setting._asdict(), "steps": lengths[-1],
@@ -199,15 +210,22 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num
     return rows
 
 
+def base_file(args, stage):
+    return Path(args.output_dir) / f"base-{PICTURE_SEEDS[stage]}.npy"
+
+
 def pairs_folder(args, preference, seed):
     return Path(args.output_dir) / "pairs" / f"{preference}-{seed}"
 
 
 def prepare(args):
     """Samples the base model's pictures for the judges and every set of pairs, where they are not there yet."""
-    pipeline, base = make_pairs.load_pipeline(args.model), Path(args.output_dir) / "base.npy"
-    if not base.exists():
-        np.save(base, evaluate.sample_held_out(pipeline, args.num_images)[0])
+    pipeline = make_pairs.load_pipeline(args.model)
+    for stage, seed in PICTURE_SEEDS.items():
+        if not base_file(args, stage).exists():
+            stream = io.BytesIO()
+            np.save(stream, evaluate.sample_held_out(pipeline, args.num_images, seed)[0])
+            write_whole(base_file(args, stage), stream.getvalue())
     for seed in args.seeds:
         files = {name: pairs_folder(args, name, seed) / "train.parquet" for name in args.preferences}
         missing = {name: file for name, file in files.items() if not file.exists()}
@@ -262,6 +280,14 @@ def cost_of(rows, gain, limit=LIMIT):
     return None
 
 
+def mark_of(runs, limit):
+    """Says of a gain "> " if no run reached the damage, "~ " if one was beyond it at its lowest scale."""
+    if all(row["damage"] <= 1 + limit for rows in runs for row in rows):
+        return "> "
+    lowest = [min(rows, key=lambda row: (row["scale"], row["step"])) for rows in runs]
+    return "~ " if any(row["damage"] > 1 + limit for row in lowest) else ""
+
+
 def mean_gain(runs, limit):
     """The gain within the damage, mean over the runs of several seeds."""
     return float(np.mean([best_gain(rows, limit) for rows in runs]))
@@ -283,7 +309,7 @@ def table(finals):
         "|---|---|---|---|" + "---|" * (len(LIMITS) + 4),
     ]
     for (preference, setting), runs in finals.items():
-        gains = " | ".join(f"{mean_gain(runs, limit):.3f}" for limit in LIMITS)
+        gains = " | ".join(f"{mark_of(runs, limit)}{mean_gain(runs, limit):.3f}" for limit in LIMITS)
         seeds = ", ".join(f"{best_gain(rows):.3f}" for rows in runs)
         drawn = np.mean([best_gain(rows, LIMIT, "distance_ratio") for rows in runs])
         costs = [cost_of(rows, GOALS[preference]) for rows in runs]
@@ -296,7 +322,10 @@ def table(finals):
             f"| {gains} | {seeds} | {drawn:.3f} | {cost} |"
         )
     goals = ", ".join(f"{name} {goal:g}" for name, goal in GOALS.items())
-    return "\n".join([*lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}."])
+    return "\n".join([
+        *lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}. >: this damage was never reached, more "
+        "training would gain more. ~: exceeded at the lowest scale, interpolated from the base model.",
+    ])  # fmt: skip
 
 
 def plot(finals, file, curve_of, x_label, y_label):
@@ -382,6 +411,9 @@ class Runs:
         try:
             futures = [pool.submit(train_and_judge, self.args, *job) for job in jobs]
             for done, future in enumerate(as_completed(futures), start=1):
+                if future.exception():
+                    print(f"{time.strftime('%H:%M:%S')} {done}/{len(jobs)} failed: {future.exception()}", flush=True)
+                    continue
                 rows = future.result()
                 self.add(rows)
                 is_new = not self.file.exists()
@@ -397,6 +429,8 @@ class Runs:
                 )  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
+        for future in futures:
+            future.result()  # raises what a run has raised, when all others are done
 
 
 def parse_args(argv=None):
@@ -408,33 +442,42 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="A subset that takes 15 minutes: no tuning, one seed, area")
     add("--preferences", nargs="+", default=list(small_world.PREFERENCES), choices=small_world.PREFERENCES)
     add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    add("--bands", nargs="+", type=int, default=list(BANDS), help="Lowest training timesteps")
-    add("--learning_rates", nargs="+", type=float, default=list(LEARNING_RATES))
-    add("--betas", nargs="+", type=float, default=list(BETAS))
+    band, positive = number(int, least=0, most=999), number(float, above=0)
+    add("--bands", nargs="+", type=band, default=list(BANDS), help="Lowest training timesteps")
+    add("--learning_rates", nargs="+", type=positive, default=list(LEARNING_RATES), help="To choose from")
+    add("--betas", nargs="+", type=positive, default=list(BETAS), help="To choose from")
     add("--draws", nargs="*", type=count, default=[1, 4], help="Cached draws a pair")
-    add("--rungs", nargs="*", type=steps, default=[30, 90], help="Steps of the rounds of tuning")
+    add("--rungs", nargs="*", type=steps, default=[30, 90], help="Steps of the rounds of tuning; none: no tuning")
     add("--lengths", nargs="+", type=steps, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
-    add("--scales", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0, 1.25])
+    add("--scales", nargs="+", type=positive, default=[0.125, 0.25, 0.5, 0.75, 1.0, 1.25], help="Of the LoRA")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
-    add("--num_pairs", type=count, default=256)
+    add("--num_pairs", type=count, default=256, help="Sampled; up to a fifth is left out to balance them")
     add("--train_batch_size", type=count, default=16, help="Pairs a step")
     add("--num_images", type=count, default=128, help="Pictures of an evaluation")
     add("--workers", type=count, default=2, help="Runs at a time, a core each")
     parser.set_defaults(**QUICK if parser.parse_known_args(argv)[0].quick else {})
     args = parser.parse_args(argv)
     args.lengths = sorted(args.lengths)
-    file, settings = Path(args.output_dir) / "settings.json", {name: getattr(args, name) for name in SETTINGS}
-    if file.exists() and json.loads(file.read_text()) != settings:
+    if not args.rungs and len(args.learning_rates) * len(args.betas) > 1:
+        parser.error("--learning_rates and --betas: one of each without --rungs, which choose")
+    if not any(settings_to_tune(args, method, band) for method in args.methods for band in args.bands):
+        parser.error(f"--methods {' '.join(args.methods)}: have no option for --bands; add 0")
+    file = Path(args.output_dir) / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != shared_settings(args):
         parser.error(
             f"--output_dir {args.output_dir}: holds runs with other settings, see {file}; name another folder"
         )
     return args
 
 
+def shared_settings(args):
+    return {**{name: getattr(args, name) for name in SETTINGS}, **CONSTANTS}
+
+
 def main(args):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(output_dir / "settings.json", json.dumps({name: getattr(args, name) for name in SETTINGS}).encode())
+    write_whole(output_dir / "settings.json", json.dumps(shared_settings(args)).encode())
     prepare(args)
     runs = Runs(args)
 
@@ -458,6 +501,8 @@ def main(args):
     final = []
     for preference, method in itertools.product(args.preferences, args.methods):
         tuned = [chosen[preference, method, band] for band in sorted(args.bands)]
+        if not any(tuned):
+            continue
         widest, *others = [settings[0] for settings in tuned if settings]
         if args.rungs:
             found = {s: best_gain(runs.rows["tune", preference, args.seeds[0], s, args.rungs[-1]]) for s in others}
@@ -473,11 +518,11 @@ def main(args):
         for seed in args.seeds for preference, setting in final
     ])  # fmt: skip
 
-    # 3  What they tell
-    finals = {
-        (preference, setting): [runs.rows["final", preference, seed, setting, lengths[-1]] for seed in args.seeds]
-        for preference, setting in sorted(final)
-    }
+    # 3  What they tell, with all that earlier commands added to the folder
+    finals = {}
+    for (stage, preference, _, setting, steps), rows in sorted(runs.rows.items()):
+        if stage == "final" and steps == lengths[-1]:
+            finals.setdefault((preference, setting), []).append(rows)
     report = table(finals)
     (output_dir / "table.md").write_text(report + "\n")
     plot(finals, output_dir / "frontier.png", frontier, "damage, %", "gain")

@@ -222,7 +222,7 @@ def test_overhead_is_what_no_model_call_takes(tmp_path, monkeypatch):
         function = getattr(train_inversion_dpo, name)
 
         def call(*args, **kwargs):
-            time.sleep(0.5)
+            time.sleep(1.0)
             return function(*args, **kwargs)
 
         with monkeypatch.context() as patch:

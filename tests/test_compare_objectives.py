@@ -24,6 +24,15 @@ def test_gain_within_a_damage_by_hand(points, limit, gain):
     assert gain_within(points, limit) == pytest.approx(gain)
 
 
+def test_gains_that_are_bounds_or_interpolated_from_the_base_are_marked():
+    def run(*damages):
+        return [{"scale": scale, "step": 1, "damage": damage} for scale, damage in zip((0.5, 1), damages, strict=True)]
+
+    assert compare_objectives.mark_of([run(1.01, 1.02), run(1.0, 1.04)], 0.05) == "> "
+    assert compare_objectives.mark_of([run(1.01, 1.02), run(1.01, 1.1)], 0.05) == ""
+    assert compare_objectives.mark_of([run(1.01, 1.1), run(1.06, 1.1)], 0.05) == "~ "
+
+
 def rows_of(*lengths):
     """Rows of a run: (step, seconds, calls, gain) at scale 1, without damage."""
     names = ("step", "seconds", "calls", "gain")
@@ -67,8 +76,9 @@ def test_a_run_from_training_to_the_plots(tmp_path, without_report):
     assert not list((tmp_path / "work").glob("final-*"))
     compare_objectives.main(args)
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(rows) + 1
-    with pytest.raises(SystemExit):
-        compare_objectives.parse_args([*argv, "--num_images", "5"])
+    for wrong in (["--num_images", "5"], ["--betas", "1", "2"], ["--methods", "published_inpo", "--bands", "300"]):
+        with pytest.raises(SystemExit):
+            compare_objectives.parse_args([*argv, *wrong])
 
 
 def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
