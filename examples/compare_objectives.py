@@ -336,16 +336,17 @@ def plot(finals, file, curve_of, x_label, y_label):
     from matplotlib.figure import Figure
 
     preferences = list(dict.fromkeys(preference for preference, _ in finals))
-    bands = {setting.band for _, setting in finals}
+    bands = sorted({setting.band for _, setting in finals})
     num_rows = min(len(bands), 2)
     figure = Figure(figsize=(4.2 * len(preferences), 3.4 * num_rows), layout="constrained")
     panels = figure.subplots(num_rows, len(preferences), squeeze=False, sharey="col")
     for (preference, setting), runs in finals.items():
-        is_widest = setting.band == min(bands)
+        is_widest = setting.band == bands[0]
         axes = panels[0 if is_widest else 1, preferences.index(preference)]
         color, style = f"C{list(METHODS).index(setting.method)}", (0, (setting.draws, 1)) if setting.draws else "-"
         text = label(setting) + ("" if is_widest else f", from {setting.band}")
-        axes.plot(*curve_of(runs), linestyle=style, color=color, label=text, marker=".", linewidth=1.6)
+        marker = "osDv^"[bands.index(setting.band) % 5]
+        axes.plot(*curve_of(runs), linestyle=style, color=color, label=text, marker=marker, markersize=4)
         band = f"from {setting.band}" if setting.band else "whole schedule"
         axes.set_title(f"{preference}, {band if is_widest else 'best band'}")
     for axes in panels.flat:
