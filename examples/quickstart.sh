@@ -46,7 +46,7 @@ echo "2/3  Training"
     --resolution 64 \
     --min_timestep $min_timestep \
     --train_batch_size 16 \
-    --max_train_steps 40 \
+    --max_train_steps 80 \
     --learning_rate 5e-4 \
     --beta_dpo 500 \
     --validation_prompts "a red circle" "a blue star" \
