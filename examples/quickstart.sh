@@ -20,8 +20,8 @@ if [ $# -gt 1 ] || [[ ! $preference =~ ^(tone|area|sharpness)$ ]]; then
     echo "usage: bash examples/quickstart.sh [sdxl] [tone | area | sharpness]; got '$arguments'" >&2
     exit 2
 fi
-min_timestep=0
-[ "$preference" != area ] || min_timestep=600 # size is decided at high noise
+steps=80 min_timestep=0
+[ "$preference" != area ] || steps=40 min_timestep=600 # size is decided at high noise, and learned there sooner
 results=quickstart/$prefix$preference
 if [ -e "$results" ]; then
     [ -e "$results/before_after.png" ] && hint="look at $results/before_after.png, or remove the folder to run again" \
@@ -46,7 +46,7 @@ echo "2/3  Training"
     --resolution 64 \
     --min_timestep $min_timestep \
     --train_batch_size 16 \
-    --max_train_steps 80 \
+    --max_train_steps $steps \
     --learning_rate 5e-4 \
     --beta_dpo 500 \
     --validation_prompts "a red circle" "a blue star" \
