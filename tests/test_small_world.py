@@ -267,7 +267,7 @@ def test_half_precision_gains_what_float32_gains(train, pairs_folder, request):
     """The gain in area of a short run: bf16, and fp16 with loss scaling, within 15 % of float32."""
     options = {
         "pretrained_model_name_or_path": MODEL, "train_data_dir": pairs_folder, "resolution": 64, "min_timestep": 600,
-        "objective": "inpo", "inversion_steps": 3, "train_batch_size": 4, "max_train_steps": 10, "learning_rate": 2e-3,
+        "objective": "inpo", "inversion_steps": 2, "train_batch_size": 4, "max_train_steps": 6, "learning_rate": 3e-3,
         "beta_dpo": 1000,
     }  # fmt: skip
     pipeline = make_pairs.load_pipeline(MODEL)
