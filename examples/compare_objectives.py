@@ -179,7 +179,7 @@ def start_worker(model, file):
     return make_pairs.load_pipeline(model), evaluate.look_at(pictures, evaluate.held_out(len(pictures))[0])
 
 
-def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num_images):
+def train_and_judge(args, stage, preference, seed, setting, lengths, scales):
     """One run: trains the LoRA and returns a row of the table for each length and scale."""
     torch.set_num_threads(1)
     name = "-".join(f"{value:g}" if isinstance(value, float) else str(value) for value in setting)
@@ -191,14 +191,13 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num
     costs = train(args, folder, cache_dir, preference, seed, setting, lengths)
     if stage == "tune":  # whose cache others have filled
         costs = [(np.nan, np.nan)] * len(costs)
-    picture_seed = PICTURE_SEEDS[stage]
     pipeline, base = start_worker(args.model, base_file(args, stage))
-    base = evaluate.first(base, num_images)
     for length, (seconds, calls) in zip(lengths, costs, strict=True):
         pipeline.load_lora_weights(folder / f"checkpoint-{length}", adapter_name="judged")
         for scale in scales:
             pipeline.set_adapters("judged", scale)
-            pictures, captions = evaluate.sample_held_out(pipeline, num_images, picture_seed)
+            sampling = pictures_of(args, stage), PICTURE_SEEDS[stage]
+            pictures, captions = evaluate.sample_held_out(pipeline, *sampling)
             found = evaluate.compare_looks(evaluate.look_at(pictures, captions), base, preference)
             rows.append({
                 "stage": stage, "preference": preference, "seed": seed, **setting._asdict(), "steps": lengths[-1],
@@ -208,6 +207,11 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales, num
         pipeline.unload_lora_weights()
     shutil.rmtree(folder)
     return rows
+
+
+def pictures_of(args, stage):
+    """How many pictures an evaluation takes."""
+    return args.num_images if stage == "final" else max(1, args.num_images // 2)
 
 
 def base_file(args, stage):
@@ -220,17 +224,17 @@ def pairs_folder(args, preference, seed):
 
 def prepare(args):
     """Samples the base model's pictures for the judges and every set of pairs, where they are not there yet."""
-    pipeline = make_pairs.load_pipeline(args.model)
-    for stage, seed in PICTURE_SEEDS.items():
+    load_pipeline = cache(make_pairs.load_pipeline)
+    for stage in ("tune", "final") if args.rungs else ("final",):
         if not base_file(args, stage).exists():
-            stream = io.BytesIO()
-            np.save(stream, evaluate.sample_held_out(pipeline, args.num_images, seed)[0])
+            stream, sampling = io.BytesIO(), (pictures_of(args, stage), PICTURE_SEEDS[stage])
+            np.save(stream, evaluate.sample_held_out(load_pipeline(args.model), *sampling)[0])
             write_whole(base_file(args, stage), stream.getvalue())
     for seed in args.seeds:
         files = {name: pairs_folder(args, name, seed) / "train.parquet" for name in args.preferences}
         missing = {name: file for name, file in files.items() if not file.exists()}
         if missing:
-            candidates = make_pairs.sample_candidates(pipeline, args.num_pairs, seed)
+            candidates = make_pairs.sample_candidates(load_pipeline(args.model), args.num_pairs, seed)
         for name, file in missing.items():
             make_pairs.write_pairs(file, *candidates, name)
 
@@ -405,7 +409,7 @@ class Runs:
         self.rows.setdefault(self.key(rows[0]), []).extend(rows)
 
     def run(self, jobs):
-        """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales, num_images)."""
+        """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales)."""
         jobs = [job for job in dict.fromkeys(jobs) if (*job[:4], job[4][-1]) not in self.rows]
         spawn = torch.multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.args.workers, mp_context=spawn)
@@ -488,7 +492,7 @@ def main(args):
         for preference in args.preferences for method in args.methods for band in args.bands
     }  # fmt: skip
     for steps in args.rungs:
-        how = (steps,), TUNING_SCALES, max(1, args.num_images // 2)
+        how = (steps,), TUNING_SCALES
         jobs = {
             field: [("tune", field[0], args.seeds[0], setting, *how) for setting in settings]
             for field, settings in chosen.items()
@@ -515,7 +519,7 @@ def main(args):
     ]  # fmt: skip
     lengths, scales = tuple(args.lengths), tuple(args.scales)
     runs.run([
-        ("final", preference, seed, setting, lengths, scales, args.num_images)
+        ("final", preference, seed, setting, lengths, scales)
         for seed in args.seeds for preference, setting in final
     ])  # fmt: skip
 

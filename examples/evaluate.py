@@ -55,12 +55,6 @@ def look_at(pictures, captions):
     return Looks(scores, np.array(is_obeyed), damage.fit_drawings(pictures, captions))
 
 
-def first(looks, count):
-    """The first pictures of these."""
-    fit = damage.Fit(*(values[:count] for values in looks.fit))
-    return Looks({name: values[:count] for name, values in looks.scores.items()}, looks.is_obeyed[:count], fit)
-
-
 def compare_looks(after, before, preference):
     """Gain in what is preferred and what it cost, for pictures of the same captions and seeds.
 

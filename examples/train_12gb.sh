@@ -10,8 +10,8 @@
 # Needs `pip install -r requirements.txt` (with bitsandbytes, for Adam's 8-bit states) and, for bf16, an Ampere GPU or
 # later: append --mixed_precision=fp16 for an older one. Options that you append win over those below.
 #
-# As train_sd15.sh, also 64 pairs a step, but with what saves memory: one pair at a time, one timestep
-# of several differentiated at a time, checkpointed activations, one image at a time through the VAE, 8-bit Adam. Its weights differ
+# As train_sd15.sh, also 64 pairs a step, but with what saves memory: one pair at a time, one timestep of several
+# differentiated at a time, checkpointed activations, one image at a time through the VAE, 8-bit Adam. Its weights differ
 # from those of train_sd15.sh only by rounding and 8-bit Adam; it takes longer. Untested on trained full-size weights,
 # and on a card of 12 GB.
 set -euo pipefail

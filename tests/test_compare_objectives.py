@@ -85,7 +85,7 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
     """The widest band and the best of the others; of their settings the best, for every seed and from every cache."""
 
     def run(self, jobs):
-        for stage, preference, seed, setting, lengths, scales, _ in jobs:
+        for stage, preference, seed, setting, lengths, scales in jobs:
             gain = setting.learning_rate + setting.beta / 1e4 + (setting.band == 300)
             row = dict(stage=stage, preference=preference, seed=seed, **setting._asdict(), steps=lengths[-1])
             judged = dict(gain=gain, damage=1.0, distance_ratio=1.0, seconds=1.0, calls=2)

@@ -804,7 +804,7 @@ def assert_left_out(convert, capsys, folder, image, *named):
     assert_winners(output_dir, EXPECTED[0])
     printed = capsys.readouterr().out
     assert "row 0: unreadable image: " in printed and all(str(name) in printed for name in named)
-    assert time.monotonic() - started < 60  # it does not hang
+    assert time.monotonic() - started < 10
 
 
 def test_a_path_that_is_not_found_is_told_in_full(convert, tmp_path, capsys, monkeypatch):
