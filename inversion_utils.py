@@ -848,8 +848,7 @@ def forward_noise(keys: list[tuple[int, ...]], seed: int, shape: tuple[int, ...]
 
     `shape` is (M, C, h, w).
     """
-    # Streams of random numbers: 0, 3 and 5 for the draws of a visit, a cache's draw and a held-out pair, each + 1 for
-    # its noise, 2 for the order of an epoch.
+    # Random streams: 0, 3 and 5 draw for a visit, a cache and a held-out pair, each + 1 its noise; 2 orders an epoch.
     seeds = [int(np.random.default_rng([seed, key[0] + 1, *key[1:]]).integers(2**62)) for key in keys]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds], dim=1)
     return torch.cat([noise, noise], dim=1)
@@ -871,12 +870,19 @@ class Targets(NamedTuple):
 
     latents: torch.Tensor  # (2B, C, h, w), x_0, zero where not usable
     timesteps: torch.Tensor  # (M, 2B) int64, shared by winner and loser
-    noise: torch.Tensor  # (M, 2B, C, h, w), what to predict: the implied noise, or the baseline's forward noise
+    noise: torch.Tensor  # (M, 2B, C, h, w), likewise, what to predict: the implied noise, or the forward noise
     reference_error: torch.Tensor | None  # (M, 2B), None while it is not known
-    usable: torch.Tensor  # (2B,) bool, False for a pair whose latents overflow: a tie without gradient
+    usable: torch.Tensor  # (2B,) bool, False for a pair that overflows in VAE or U-Net: a tie without gradient
     strength: torch.Tensor  # (B,), see `preference_loss`
     is_tie: torch.Tensor  # (B,) bool, likewise
     cond: dict[str, torch.Tensor]  # the U-Net's conditioning by name, (2B, ...) each
+
+
+def without_overflow(targets: Targets) -> Targets:
+    """Returns the targets with pairs that overflowed in VAE or U-Net, as their errors tell, marked and set to zero."""
+    usable = targets.reference_error.isfinite().all(0).view(2, -1).all(0).repeat(2)
+    zeroed = {name: getattr(targets, name).where(usable[:, None, None, None], 0.0) for name in ("latents", "noise")}
+    return targets._replace(usable=usable, reference_error=targets.reference_error.where(usable, 0.0), **zeroed)
 
 
 IMAGE_AXIS = {"latents": 0, "timesteps": 1, "noise": 1, "reference_error": 1}  # where the 2B images stand
@@ -924,29 +930,28 @@ class TargetCache(torch.utils.data.Dataset):
         return missing
 
     def save(self, keys: Sequence[tuple[int, ...]], targets: Targets) -> list[int]:
-        """Writes the targets of a batch, a file each; returns the indices of the pairs that are not finite.
+        """Writes the targets of a batch, a file each; returns the indices of the pairs that are not usable.
 
         Raises RuntimeError if the folder cannot be written.
         """
         from safetensors.torch import save
 
         values = {name: getattr(targets, name).cpu() for name in targets._fields if name != "cond"}
-        cond, not_finite = {f"cond.{name}": value.cpu() for name, value in targets.cond.items()}, []
+        cond = {f"cond.{name}": value.cpu() for name, value in targets.cond.items()}
         for i, (_, place, draw) in enumerate(keys):
+            if not values["usable"][i]:
+                continue
             images = torch.tensor([i, len(keys) + i])
             tensors = {name: values[name].index_select(axis, images) for name, axis in IMAGE_AXIS.items()}
             for name, value in cond.items():  # a caption belongs to both images
                 tensors[name] = value[images[:1] if torch.equal(value[i], value[len(keys) + i]) else images]
-            if not values["usable"][i] or not all(value.isfinite().all() for value in tensors.values()):
-                not_finite.append(i)
-                continue
             tensors |= {name: values[name][i].clone() for name in ("strength", "is_tie")}
             try:
                 write_whole(self.path(place, draw), save(tensors))
             except OSError as error:
                 raise RuntimeError(f"--inversion_cache_dir: {self.folder} cannot be written: {one_line(error)}. Make "
                                    "room and repeat the command, which goes on from there") from None  # fmt: skip
-        return not_finite
+        return [i for i in range(len(keys)) if not values["usable"][i]]
 
     def __getitem__(self, key_and_place: tuple[tuple[int, ...], int]) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -1055,12 +1060,6 @@ def encode_images(vae, pixel_values: torch.Tensor, batch_size: int) -> torch.Ten
     latents = [vae.encode(chunk).latent_dist.mode() for chunk in pixel_values.split(batch_size)]
     latents = torch.cat(latents).float() * vae.config.scaling_factor
     return latents.contiguous()  # as a cache returns them: kernels round by the memory layout
-
-
-def finite_pairs(latents: torch.Tensor) -> torch.Tensor:
-    """Returns (2B,) bool: whether both latents of an image's pair are finite, for latents (2B, C, h, w)."""
-    is_finite = latents.isfinite().flatten(1).all(1)
-    return is_finite.view(2, -1).all(0).repeat(2)
 
 
 class StopSignal:
@@ -1401,10 +1400,11 @@ def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs
     count = "the number of pairs to train on"
     before = {**checkpoint.options, count: checkpoint.num_pairs, "lora_init": checkpoint.lora_init}
     now, names = {**options, count: num_pairs, "lora_init": lora_init}, ("max_train_samples", "num_eval_pairs", count)
-    names += ("objective", "reference", "lora_init", "rank", "lora_alpha", "lora_target_modules")
+    names += ("objective", "reference", "lora_init", "rank", "lora_alpha", "lora_target_modules", "use_8bit_adam")
     for name in (*names, "inversion_cache_dir"):
         old, new = before.get(name, now[name]), now[name]  # an older version may lack an option
         if old != new and not (name.endswith("_dir") and old and new):
+            new, old = ("another", "its own") if name == "lora_init" else (new, old)  # which are hashes
             raise ValueError(f"--resume_from_checkpoint: {name} is {new}, but {checkpoint.folder} was made with "
                              f"{old}; a run must keep it")  # fmt: skip
     names = [name for name in options if options[name] != checkpoint.options.get(name)]

@@ -100,7 +100,6 @@ from inversion_utils import (
     encode_images,
     find_checkpoint,
     fingerprint,
-    finite_pairs,
     forward_noise,
     hash_tensors,
     invert,
@@ -128,6 +127,7 @@ from inversion_utils import (
     to_device,
     visit_batches,
     with_config,
+    without_overflow,
     write_kohya,
     write_lora,
     write_results,
@@ -203,7 +203,7 @@ def parse_args(argv=None):
     add("--inversion_model", choices=["reference", "policy"], default="reference",
         help="what inverts; the policy takes extra calls and cannot be cached")
     add("--beta_dpo", type=positive, default=2000.0,
-        help="tie to the reference, higher stays closer; the loss has beta / 2, but beta in diffusers' SD script")
+        help="higher stays closer to the reference; the loss has beta / 2: 5000 is 2500 in diffusers' SD script")
     add("--loss_type", choices=LOSS_TYPES, default="sigmoid", help="loss on the difference of winner and loser")
     add("--label_smoothing", type=number(float, least=0, below=0.5), default=0.0,
         help="share of labels believed wrong; higher trusts them less; sigmoid only")
@@ -253,7 +253,7 @@ def parse_args(argv=None):
         help="columns of the pictures; 0 is the base model, and a lower scale keeps more of it")
     add("--num_eval_pairs", type=natural, default=0, help="pairs kept out of training, to watch the policy on")
     add("--eval_steps", type=count, default=100, help="steps between looks at these; fewer take more time")
-    add("--save_best", **flag, help="keep the LoRA with their best margin in best/")
+    add("--save_best", **flag, help="keep in best/ the LoRA with their best margin, if winners are still near")
     add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and take time")
     add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
     add("--validation_guidance_scale", type=number(float, least=0), default=7.5,
@@ -304,7 +304,7 @@ def check_args(args, error):
     if args.timesteps_subset and (args.min_timestep, args.max_timestep) != (0, None):
         error("--timesteps_subset excludes --min_timestep and --max_timestep")
     if args.objective != "diffusion_dpo" and inversion_steps(args) < timesteps_per_pair(args):
-        error(f"--inversion_steps is {args.inversion_steps}; allowed: {timesteps_per_pair(args)} timesteps and more")
+        error(f"--inversion_steps is {args.inversion_steps}; needed: {timesteps_per_pair(args)} or more, one a target")
     if args.inversion_model == "policy" and (args.inversion_cache_dir or args.objective == "diffusion_dpo"):
         error("--inversion_model policy goes with an objective that inverts, and without --inversion_cache_dir")
     if args.save_best and not args.num_eval_pairs:
@@ -583,13 +583,12 @@ def hold_out(args, accelerator, pairs, step, training_timesteps, load, find_targ
         note(batch["skipped"])
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
-        finite = found.usable & finite_pairs(found.reference_error.T)  # the inversion may overflow, too
         # An unreadable row was replaced by the next, which is held out, too, and would be counted twice.
-        rows = zip(batch["keys"], batch["rows"], finite.tolist(), strict=False)
+        rows = zip(batch["keys"], batch["rows"], found.usable.tolist(), strict=False)
         rows = [(row, row == pairs.row_name(key[1]), is_finite) for key, row, is_finite in rows]
         note((row, NOT_FINITE) for row, is_own, is_finite in rows if is_own and not is_finite)
-        is_own = torch.tensor([is_own for _, is_own, _ in rows] * 2, device=finite.device)
-        found = found._replace(usable=finite & is_own)
+        is_own = torch.tensor([is_own for _, is_own, _ in rows] * 2, device=accelerator.device)
+        found = found._replace(usable=found.usable & is_own)
         if cache:
             cache.unusable |= {batch["keys"][i][1:] for i in cache.save(batch["keys"], found)}
         else:
@@ -790,8 +789,6 @@ def main(argv=None):
         with on_device((vae, *text_encoders), device):
             latents = encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
             cond = encode_prompts(text_encoders, batch, pipeline_config)
-        usable = finite_pairs(latents)
-        latents = latents.where(usable[:, None, None, None], 0.0)
         index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
         timesteps, reference_noise = training_timesteps[index].repeat(1, 2), None  # shared by winner and loser
 
@@ -799,7 +796,8 @@ def main(argv=None):
         if args.objective == "diffusion_dpo":
             noise = to_device(forward_noise(batch["keys"], args.seed, (len(index), *latents.shape[1:])), device)
         else:
-            steps = inversion_steps(args) + len(index) - num_targets  # held-out pairs have other numbers of targets
+            more = len(index) - num_targets  # held-out pairs have other numbers of targets
+            steps = inversion_steps(args) + (more if args.timesteps_subset else max(0, more))
             by_reference = args.inversion_model == "reference"
             with reference_policy(base) if by_reference else contextlib.nullcontext():
                 trajectory = invert(
@@ -810,13 +808,14 @@ def main(argv=None):
 
         # 3  The reference's errors at the targets, known from the inversion if the reference inverted
         strength, is_tie = to_device(batch["strength"], device), to_device(batch["is_tie"], device)
-        targets = Targets(latents, to_device(timesteps, device), noise, None, usable, strength, is_tie, cond)
+        every = torch.ones((), dtype=torch.bool, device=device)
+        targets = Targets(latents, to_device(timesteps, device), noise, None, every, strength, is_tie, cond)
         if reference_noise is not None:
-            reference_error = prediction_error(reference_noise, noise).where(usable, 0.0)
+            reference_error = prediction_error(reference_noise, noise)
         else:
             with reference_policy(base):
                 reference_error = all_errors(base, targets)
-        return targets._replace(reference_error=reference_error)
+        return without_overflow(targets._replace(reference_error=reference_error))
 
     # Data, and the cache before the loop
     skipped, stop = dict(checkpoint.skipped) if checkpoint else {}, StopSignal(logger.warning)
@@ -863,7 +862,7 @@ def main(argv=None):
     if step >= max_train_steps:
         logger.info(f"Nothing to train: {step} steps are done. Only the results are written")
     progress = tqdm(total=max_train_steps, initial=step, desc="Steps", disable=not accelerator.is_local_main_process)
-    means, usable_rows, bad_steps_in_a_row, has_moved = RunningMeans(), [], 0, False
+    means, usable_rows, bad_steps_in_a_row, has_moved = RunningMeans(), [], 0, bool(checkpoint)
     policy.train()
 
     for batch in dataloader if step < max_train_steps else ():

@@ -92,13 +92,17 @@ def parse_args(argv=None):
         help="nodes of published_inversion_dpo, whose graphs are all in memory (its code has 40, its script 80), and "
         "of two rows of ours: inverting as many, four of them trained, and training all")  # fmt: skip
     add("--output", type=path, help="also write the figures to this new file, as JSON")
-    add("train_options", nargs="*", help="after --: options of the training script for all methods")
+    add("train_options", nargs="*",
+        help="after --: options of the training script; of those that change a step's cost, the published_ rows know "
+        "--gradient_checkpointing, --use_8bit_adam and --rank")  # fmt: skip
     args = parser.parse_args(argv)
     args.resolution = FAMILIES[args.model].resolution if args.resolution is None else args.resolution
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution is {args.resolution}; allowed: multiples of 8, the VAE's factor")
     if args.mixed_precision == "fp16" and DEVICE == "cpu":
         parser.error("--mixed_precision fp16 needs a GPU, which this machine does not have; use bf16 or no")
+    if any(option.startswith("--gradient_accumulation_steps") for option in args.train_options):
+        parser.error("--gradient_accumulation_steps: a step is measured, which is one batch; see --train_batch_size")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         parser.error(f"--output {args.output}: no such folder")
     if args.output and Path(args.output).exists():
@@ -273,7 +277,11 @@ def train_rival(script, options, step, end_step):
     accelerator, weight_dtype = script.start(args, error)
     text_encoders, vae = script.load_encoders(args, weight_dtype)
     tokenizers, unet = script.load_tokenizers(args), script.load_unet(args, weight_dtype)
+    for module in (unet, vae, *text_encoders):
+        module.to(accelerator.device)
     parameters, pairs = add_lora(unet, args.rank, args.rank), load_pairs(args)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     dataloader = torch.utils.data.DataLoader(
         PreferenceDataset(pairs, args.resolution, 1, args.seed),
         batch_sampler=visit_batches(len(pairs), args.train_batch_size, args.seed),

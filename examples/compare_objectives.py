@@ -7,13 +7,13 @@ Training moves a model along a curve: more of what is preferred, and more damage
 are compared at equal damage, not at equal steps. For each preference, band of timesteps and method the program
 
     1  tunes learning rate and beta by successive halving: all settings for a few steps, the best third for more, by
-       the gain within 5 % damage, on pictures of their own;
+       the gain within 5 % damage, on pictures of their own, with the first of the seeds;
     2  trains the best setting for longer, with several seeds, and the same from caches; of the bands, the widest and
        the best of the others;
     3  judges the LoRA at several lengths of training and several scales.
 
-It writes to --output_dir, and goes on there after an interruption. The same command with other methods, bands, seeds
-or caches adds their runs:
+It writes to --output_dir, and goes on there after an interruption. The same command with other methods, bands, more
+seeds (the first of them the same) or caches adds their runs:
 
     runs.csv       every LoRA that was judged: setting, step, seconds, U-Net calls, scale, gain, damage, drifts
     table.md       gains at 2, 5 and 10 % damage, and seconds and calls until a gain within 5 % damage was reached
@@ -32,6 +32,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -97,7 +98,7 @@ PICTURE_SEEDS = {"final": 0, "tune": 1}
 SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images", "lengths", "scales")
 CONSTANTS = {
     "sharper_winners": make_pairs.SHARPER_WINNERS, "sampling": make_pairs.SAMPLING,
-    "size_slope": damage.SIZE_SLOPE, "edge_slope": damage.EDGE_SLOPE,
+    "size_slope": damage.SIZE_SLOPE, "edge_slope": damage.EDGE_SLOPE, "tuning_scales": list(TUNING_SCALES),
 }  # fmt: skip
 COLUMNS = (
     "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
@@ -193,6 +194,7 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales):
         costs = [(np.nan, np.nan)] * len(costs)
     pipeline, base = start_worker(args.model, base_file(args, stage))
     for length, (seconds, calls) in zip(lengths, costs, strict=True):
+        pipeline.unload_lora_weights()  # of a run that failed
         pipeline.load_lora_weights(folder / f"checkpoint-{length}", adapter_name="judged")
         for scale in scales:
             pipeline.set_adapters("judged", scale)
@@ -204,7 +206,6 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales):
                 "step": length, "seconds": seconds, "calls": calls, "scale": scale,
                 **{name: found[name] for name in COLUMNS if name in found},
             })  # fmt: skip
-        pipeline.unload_lora_weights()
     shutil.rmtree(folder)
     return rows
 
@@ -285,11 +286,19 @@ def cost_of(rows, gain, limit=LIMIT):
 
 
 def mark_of(runs, limit):
-    """Says of a gain "> " if no run reached the damage, "~ " if one was beyond it at its lowest scale."""
-    if all(row["damage"] <= 1 + limit for rows in runs for row in rows):
-        return "> "
-    lowest = [min(rows, key=lambda row: (row["scale"], row["step"])) for rows in runs]
-    return "~ " if any(row["damage"] > 1 + limit for row in lowest) else ""
+    """Says of a mean gain that it is a bound or a guess.
+
+    Returns:
+        "> " if a run never reached the damage, "~ " if the length at which one gained most was beyond it at its lowest
+        scale, so that the gain lies on a straight line from the base model; both, one, or "".
+    """
+    is_bound = any(all(row["damage"] <= 1 + limit for row in rows) for rows in runs)
+    is_guess = False
+    for rows in runs:
+        gains = {step: gain for step, (_, _, gain) in gains_by_step(rows, limit).items()}
+        judged = [row for row in rows if row["step"] == max(gains, key=gains.get)]
+        is_guess |= min(judged, key=lambda row: row["scale"])["damage"] > 1 + limit
+    return "> " * is_bound + "~ " * is_guess
 
 
 def mean_gain(runs, limit):
@@ -327,15 +336,15 @@ def table(finals):
         )
     goals = ", ".join(f"{name} {goal:g}" for name, goal in GOALS.items())
     return "\n".join([
-        *lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}. >: this damage was never reached, more "
-        "training would gain more. ~: exceeded at the lowest scale, interpolated from the base model.",
+        *lines, "", f"The goal is a gain within {LIMIT:.0%} damage: {goals}. >: a seed never reached the damage, more "
+        "training would gain more. ~: a seed exceeded it at its lowest scale, interpolated from the base model.",
     ])  # fmt: skip
 
 
 def plot(finals, file, curve_of, x_label, y_label):
     """A column for each preference, a line for each method; `curve_of(runs)` returns its x and y.
 
-    The upper row shows the widest band of timesteps, the lower one for each method the best of the others.
+    The upper row shows the widest band of timesteps, the lower one the others: the best of each method, if tuned.
     """
     from matplotlib.figure import Figure
 
@@ -352,7 +361,7 @@ def plot(finals, file, curve_of, x_label, y_label):
         marker = "osDv^"[bands.index(setting.band) % 5]
         axes.plot(*curve_of(runs), linestyle=style, color=color, label=text, marker=marker, markersize=4)
         band = f"from {setting.band}" if setting.band else "whole schedule"
-        axes.set_title(f"{preference}, {band if is_widest else 'best band'}")
+        axes.set_title(f"{preference}, {band if is_widest else 'other bands'}")
     for axes in panels.flat:
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.grid(alpha=0.3)
@@ -409,15 +418,19 @@ class Runs:
         self.rows.setdefault(self.key(rows[0]), []).extend(rows)
 
     def run(self, jobs):
-        """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales)."""
+        """Runs what is not there yet; jobs are (stage, preference, seed, setting, lengths, scales).
+
+        Returns how many failed.
+        """
         jobs = [job for job in dict.fromkeys(jobs) if (*job[:4], job[4][-1]) not in self.rows]
         spawn = torch.multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.args.workers, mp_context=spawn)
+        pool, num_failed = ProcessPoolExecutor(self.args.workers, mp_context=spawn), 0
         try:
             futures = [pool.submit(train_and_judge, self.args, *job) for job in jobs]
             for done, future in enumerate(as_completed(futures), start=1):
                 if future.exception():
-                    print(f"{time.strftime('%H:%M:%S')} {done}/{len(jobs)} failed: {future.exception()}", flush=True)
+                    num_failed += 1
+                    print(f"{time.strftime('%H:%M:%S')} {done}/{len(jobs)} failed: {future.exception()!r}", flush=True)
                     continue
                 rows = future.result()
                 self.add(rows)
@@ -434,8 +447,7 @@ class Runs:
                 )  # fmt: skip
         finally:
             pool.shutdown(cancel_futures=True)
-        for future in futures:
-            future.result()  # raises what a run has raised, when all others are done
+        return num_failed
 
 
 def parse_args(argv=None):
@@ -499,7 +511,8 @@ def main(args):
         }
         runs.run([job for of_field in jobs.values() for job in of_field])
         for field, of_field in jobs.items():
-            best = sorted(of_field, key=lambda job: -best_gain(runs.rows[*job[:4], steps]))
+            judged = [job for job in of_field if (*job[:4], steps) in runs.rows]  # others failed
+            best = sorted(judged, key=lambda job: -best_gain(runs.rows[*job[:4], steps]))
             chosen[field] = [job[3] for job in best[: -(-len(best) // 3)]]
 
     # 2  Train the best for longer, in the widest band and in the best of the others, and the same from a cache
@@ -518,7 +531,7 @@ def main(args):
         for preference, setting in final for draws in args.draws if setting.method not in UNCACHED
     ]  # fmt: skip
     lengths, scales = tuple(args.lengths), tuple(args.scales)
-    runs.run([
+    num_failed = runs.run([
         ("final", preference, seed, setting, lengths, scales)
         for seed in args.seeds for preference, setting in final
     ])  # fmt: skip
@@ -533,6 +546,8 @@ def main(args):
     plot(finals, output_dir / "frontier.png", frontier, "damage, %", "gain")
     plot(finals, output_dir / "time.png", race, "seconds of training on one core", f"gain within {LIMIT:.0%} damage")
     print(report)
+    if num_failed:
+        sys.exit(f"{num_failed} runs failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,20 @@ def test_gain_within_a_damage_by_hand(points, limit, gain):
 
 
 def test_gains_that_are_bounds_or_interpolated_from_the_base_are_marked():
-    def run(*damages):
-        return [{"scale": scale, "step": 1, "damage": damage} for scale, damage in zip((0.5, 1), damages, strict=True)]
+    def run(*lengths):
+        """Gain and damage at scales 0.5 and 1, for each length of training."""
+        return [
+            {"scale": scale, "step": step, "gain": gain, "damage": damage, "seconds": 1.0, "calls": 1}
+            for step, points in enumerate(lengths) for scale, (gain, damage) in zip((0.5, 1), points, strict=True)
+        ]  # fmt: skip
 
-    assert compare_objectives.mark_of([run(1.01, 1.02), run(1.0, 1.04)], 0.05) == "> "
-    assert compare_objectives.mark_of([run(1.01, 1.02), run(1.01, 1.1)], 0.05) == ""
-    assert compare_objectives.mark_of([run(1.01, 1.1), run(1.06, 1.1)], 0.05) == "~ "
+    below, across, beyond = [(0.1, 1.01), (0.2, 1.04)], [(0.2, 1.01), (0.4, 1.1)], [(0.5, 1.06), (0.9, 1.2)]
+    low_across = [(0.02, 1.01), (0.04, 1.1)]
+    for mark, runs in {
+        "> ": [run(below), run(across)], "": [run(across), run(below, across), run(low_across, across)],
+        "~ ": [run(across), run(low_across, beyond)], "> ~ ": [run(below), run(beyond)],
+    }.items():  # fmt: skip
+        assert compare_objectives.mark_of(runs, 0.05) == mark
 
 
 def rows_of(*lengths):
@@ -86,6 +94,8 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
 
     def run(self, jobs):
         for stage, preference, seed, setting, lengths, scales in jobs:
+            if stage == "tune" and setting.beta == 250:
+                continue  # it failed
             gain = setting.learning_rate + setting.beta / 1e4 + (setting.band == 300)
             row = dict(stage=stage, preference=preference, seed=seed, **setting._asdict(), steps=lengths[-1])
             judged = dict(gain=gain, damage=1.0, distance_ratio=1.0, seconds=1.0, calls=2)
@@ -102,7 +112,7 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
         "diffusers_script", "--learning_rates", "0.1", "0.3", "0.2", "--draws", "4", "--seeds", "0", "1",
     ]  # fmt: skip
     compare_objectives.main(compare_objectives.parse_args(argv))
-    assert [len(jobs) for jobs in done] == [3 * 9 + 3, 3 * 3 + 1, 2 * (3 + 2)]
+    assert [len(jobs) for jobs in done] == [3 * 9 + 3, 3 * 2 + 1, 2 * (3 + 2)]
     assert {job[3] for job in done[2]} == {
         *(Setting("inpo", band, 0.3, 1000.0, draws) for band in (0, 300) for draws in (0, 4)),
         Setting("diffusers_script", 0, 0.3, 5000.0),

@@ -184,7 +184,7 @@ def test_what_may_not_be_resumed(train, refused, tmp_path, caplog):
     assert f"--output_dir {output_dir}" in refused() and (output_dir / LOCK_FILE).exists()
     others = {"rank": 8, "objective": "inpo", "lora_target_modules": ["to_q"], "lora_alpha": 1}
     others["inversion_cache_dir"] = tmp_path / "cache"
-    others |= {"max_train_samples": 7, "num_eval_pairs": 1}
+    others |= {"max_train_samples": 7, "num_eval_pairs": 1, "use_8bit_adam": True}
     others["train_data_dir"] = write_parquet(pair_rows(7), tmp_path / "fewer")
     for name, value in others.items():
         message = refused(**{name: value}, **resume)

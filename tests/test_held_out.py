@@ -247,6 +247,26 @@ def test_held_out_pairs_that_overflow(train, script, without_report, tmp_path, m
         train(train_data_dir=write_parquet(rows, tmp_path / "data"), **QUICK, **EVAL, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ({"objective": "inpo", "inversion_steps": 2}, {(1, 2), (5, 6)}),  # as many free nodes for five targets
+        ({"timesteps_per_pair": 8}, {(8, 12), (5, 12)}),
+        ({"timesteps_per_pair": 6, "timesteps_subset": list(range(9, 999, 150))}, {(6, 6), (5, 5)}),  # targets only
+    ],
+)  # fmt: skip
+def test_held_out_pairs_are_inverted_at_least_as_exactly(train, script, without_report, monkeypatch, options, calls):
+    seen, invert = set(), script.invert
+
+    def watched(predict, latents, timesteps, alphas_cumprod, steps, **how):
+        seen.add((len(timesteps), steps))
+        return invert(predict, latents, timesteps, alphas_cumprod, steps, **how)
+
+    monkeypatch.setattr(script, "invert", watched)
+    train(**{"objective": "inversion_dpo", **options}, **EVAL | {"max_train_steps": 1})
+    assert seen == calls
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_a_held_out_pair_whose_inversion_overflows_is_left_out(
     train, script, without_report, tmp_path, monkeypatch, cache

@@ -4,6 +4,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -366,6 +367,34 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, script, monkeyp
     assert logged(output_dir, "loss")[0] is None
     assert logged(output_dir, "lr") == pytest.approx([1e-4, 1e-4, 0.75e-4, 0.75e-4])  # good steps count
     assert [scaler.get_scale() for scaler in scalers] == ([2.0**14] if precision == "fp16" else [])
+
+
+@pytest.mark.parametrize("objective", ["inpo", "diffusion_dpo"])
+def test_a_pair_that_overflows_in_the_unet_is_left_out_and_its_step_counts(
+    train, script, monkeypatch, caplog, objective
+):
+    """The policy would overflow there, too, so it is not shown that pair, the first of each batch."""
+    predict_noise = script.predict_noise
+
+    def overflow(unet, x_t, *rest):
+        is_bad = (torch.arange(len(x_t)) % 8 == 0) & x_t.flatten(1).any(1)
+        return predict_noise(unet, x_t, *rest) * torch.where(is_bad, math.nan, 1.0)[:, None, None, None]
+
+    monkeypatch.setattr(script, "predict_noise", overflow)
+    options = {"objective": objective, "max_train_steps": 2, "train_batch_size": 4, "max_train_samples": 4}
+    output_dir = train(**options)
+    assert logged(output_dir, "bad_steps") == [0, 0]
+    assert all(value.any() and value.isfinite().all() for value in lora_b(lora(output_dir)).values())
+    assert 1 <= json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] <= 2
+    assert "not finite" in caplog.text
+
+
+def test_an_unlucky_step_after_resuming_is_no_standstill(train, script, monkeypatch):
+    """The tenth good step is followed by a bad one."""
+    output_dir = train(max_train_steps=10, **QUICK)
+    spoil_losses(script, monkeypatch, at_steps={0})
+    train(max_train_steps=11, resume_from_checkpoint="latest", **QUICK)
+    assert logged(output_dir, "bad_steps")[-1] == 1
 
 
 def test_fp16_learns_what_fp32_learns(train, request):
