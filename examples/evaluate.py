@@ -19,11 +19,12 @@ from typing import NamedTuple
 import damage
 import numpy as np
 import small_world
-from judge_lora import SCALES, SEED, compare, sample_scales
+from judge_lora import SEED, compare, sample_scales
 from make_pairs import add_sampling_options, check_options, load_pipeline, sample_pictures
 from PIL import Image, ImageDraw, ImageFont
 
 MAX_DAMAGE = 0.05
+SCALES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the LoRA, fine where damage is small
 
 
 def held_out(num_images, seed=0):

@@ -112,7 +112,7 @@ def test_the_evaluation_of_a_lora(train, without_report, tmp_path, capsys):
     argv = [*quick, "--lora", str(lora), "--output_dir", str(tmp_path / "judged"), "--num_images", "6"]
     evaluate.main(evaluate.parse_args(argv))
     record = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
-    assert list(record["scales"]) == ["0", "0.25", "0.5", "0.75", "1", "1.25"]
+    assert list(record["scales"]) == ["0", "0.125", "0.25", "0.375", "0.5", "0.75", "1"]
     assert all(abs(found["damage"] - 1) < 0.05 and abs(found["gain"]) < 0.01 for found in record["scales"].values())
     shown = {0, 0.5, 1, record["recommended_scale"]}
     assert Image.open(tmp_path / "judged" / "before_after.png").height == 116 + 134 * len(shown)
