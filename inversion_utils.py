@@ -872,16 +872,17 @@ class Targets(NamedTuple):
     timesteps: torch.Tensor  # (M, 2B) int64, shared by winner and loser
     noise: torch.Tensor  # (M, 2B, C, h, w), likewise, what to predict: the implied noise, or the forward noise
     reference_error: torch.Tensor | None  # (M, 2B), None while it is not known
-    usable: torch.Tensor  # (2B,) bool, False for a pair that overflows in VAE or U-Net: a tie without gradient
+    usable: torch.Tensor  # (2B,) bool, False for a pair that overflows in a model: a tie without gradient
     strength: torch.Tensor  # (B,), see `preference_loss`
     is_tie: torch.Tensor  # (B,) bool, likewise
     cond: dict[str, torch.Tensor]  # the U-Net's conditioning by name, (2B, ...) each
 
 
 def without_overflow(targets: Targets) -> Targets:
-    """Returns the targets with pairs that overflowed in VAE or U-Net, as their errors tell, marked and set to zero."""
+    """Returns the targets with pairs that overflowed in any model, as their errors tell, marked and set to zero."""
     usable = targets.reference_error.isfinite().all(0).view(2, -1).all(0).repeat(2)
     zeroed = {name: getattr(targets, name).where(usable[:, None, None, None], 0.0) for name in ("latents", "noise")}
+    zeroed["cond"] = {k: v.where(usable.view(-1, *[1] * (v.ndim - 1)), 0.0) for k, v in targets.cond.items()}
     return targets._replace(usable=usable, reference_error=targets.reference_error.where(usable, 0.0), **zeroed)
 
 
@@ -1404,7 +1405,7 @@ def check_resumed_run(checkpoint: Checkpoint, options: dict[str, Any], num_pairs
     for name in (*names, "inversion_cache_dir"):
         old, new = before.get(name, now[name]), now[name]  # an older version may lack an option
         if old != new and not (name.endswith("_dir") and old and new):
-            new, old = ("another", "its own") if name == "lora_init" else (new, old)  # which are hashes
+            new, old = (new and "another LoRA", old and "its own") if name == "lora_init" else (new, old)  # hashes
             raise ValueError(f"--resume_from_checkpoint: {name} is {new}, but {checkpoint.folder} was made with "
                              f"{old}; a run must keep it")  # fmt: skip
     names = [name for name in options if options[name] != checkpoint.options.get(name)]

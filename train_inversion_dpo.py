@@ -253,7 +253,7 @@ def parse_args(argv=None):
         help="columns of the pictures; 0 is the base model, and a lower scale keeps more of it")
     add("--num_eval_pairs", type=natural, default=0, help="pairs kept out of training, to watch the policy on")
     add("--eval_steps", type=count, default=100, help="steps between looks at these; fewer take more time")
-    add("--save_best", **flag, help="keep in best/ the LoRA with their best margin, if winners are still near")
+    add("--save_best", **flag, help="keep in best/ their best LoRA whose winners' error rose by at most 2 %%")
     add("--num_validation_images", type=count, default=4, help="samples per prompt; more show more and take time")
     add("--validation_inference_steps", type=count, default=30, help="sampler steps; more are finer and slower")
     add("--validation_guidance_scale", type=number(float, least=0), default=7.5,
@@ -304,7 +304,9 @@ def check_args(args, error):
     if args.timesteps_subset and (args.min_timestep, args.max_timestep) != (0, None):
         error("--timesteps_subset excludes --min_timestep and --max_timestep")
     if args.objective != "diffusion_dpo" and inversion_steps(args) < timesteps_per_pair(args):
-        error(f"--inversion_steps is {args.inversion_steps}; needed: {timesteps_per_pair(args)} or more, one a target")
+        error(
+            f"--inversion_steps is {args.inversion_steps}; needed: {timesteps_per_pair(args)} or more, one a timestep"
+        )
     if args.inversion_model == "policy" and (args.inversion_cache_dir or args.objective == "diffusion_dpo"):
         error("--inversion_model policy goes with an objective that inverts, and without --inversion_cache_dir")
     if args.save_best and not args.num_eval_pairs:

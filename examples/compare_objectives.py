@@ -22,7 +22,8 @@ seeds (the first of them the same) or caches adds their runs:
 
 Seconds are those of one core, from the first model call, filling a cache included. U-Net calls count latents, a
 forward and a backward as one each. A shorter run is the beginning of a longer one, and fills only what its steps read.
-Tuning trains from a cache that its runs share, which costs half as much and changes little; its cost is not told.
+Tuning trains from a cache that its runs share, which costs half as much; its cost is not told. Forward noise can gain
+less from a cache, so the learning rate that is best there may not be the best without.
 """
 
 import argparse
@@ -503,13 +504,14 @@ def main(args):
         (preference, method, band): settings_to_tune(args, method, band)
         for preference in args.preferences for method in args.methods for band in args.bands
     }  # fmt: skip
+    num_failed = 0
     for steps in args.rungs:
         how = (steps,), TUNING_SCALES
         jobs = {
             field: [("tune", field[0], args.seeds[0], setting, *how) for setting in settings]
             for field, settings in chosen.items()
         }
-        runs.run([job for of_field in jobs.values() for job in of_field])
+        num_failed += runs.run([job for of_field in jobs.values() for job in of_field])
         for field, of_field in jobs.items():
             judged = [job for job in of_field if (*job[:4], steps) in runs.rows]  # others failed
             best = sorted(judged, key=lambda job: -best_gain(runs.rows[*job[:4], steps]))
@@ -531,7 +533,7 @@ def main(args):
         for preference, setting in final for draws in args.draws if setting.method not in UNCACHED
     ]  # fmt: skip
     lengths, scales = tuple(args.lengths), tuple(args.scales)
-    num_failed = runs.run([
+    num_failed += runs.run([
         ("final", preference, seed, setting, lengths, scales)
         for seed in args.seeds for preference, setting in final
     ])  # fmt: skip
@@ -541,13 +543,15 @@ def main(args):
     for (stage, preference, _, setting, steps), rows in sorted(runs.rows.items()):
         if stage == "final" and steps == lengths[-1]:
             finals.setdefault((preference, setting), []).append(rows)
+    if not finals:
+        sys.exit("No final run succeeded, see above")
     report = table(finals)
     (output_dir / "table.md").write_text(report + "\n")
     plot(finals, output_dir / "frontier.png", frontier, "damage, %", "gain")
     plot(finals, output_dir / "time.png", race, "seconds of training on one core", f"gain within {LIMIT:.0%} damage")
     print(report)
     if num_failed:
-        sys.exit(f"{num_failed} runs failed, see above; the same command tries them again")
+        sys.exit(f"{num_failed} runs failed, see above, and are left out; the same command tries them again")
 
 
 if __name__ == "__main__":

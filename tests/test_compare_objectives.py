@@ -103,6 +103,7 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
                 {**row, "step": length, "scale": scale, **judged} for length in lengths for scale in scales
             )
         done.append(jobs)
+        return sum(job[0] == "tune" and job[3].beta == 250 for job in jobs)
 
     done = []
     monkeypatch.setattr(compare_objectives, "prepare", lambda args: None)
@@ -111,7 +112,8 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
         "--model", "m", "--output_dir", str(tmp_path), "--preferences", "tone", "--methods", "inpo",
         "diffusers_script", "--learning_rates", "0.1", "0.3", "0.2", "--draws", "4", "--seeds", "0", "1",
     ]  # fmt: skip
-    compare_objectives.main(compare_objectives.parse_args(argv))
+    with pytest.raises(SystemExit, match="9 runs failed"):
+        compare_objectives.main(compare_objectives.parse_args(argv))
     assert [len(jobs) for jobs in done] == [3 * 9 + 3, 3 * 2 + 1, 2 * (3 + 2)]
     assert {job[3] for job in done[2]} == {
         *(Setting("inpo", band, 0.3, 1000.0, draws) for band in (0, 300) for draws in (0, 4)),

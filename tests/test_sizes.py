@@ -27,8 +27,9 @@ def test_the_helper_can_be_read_in_one_sitting():
     examples/, and what a library does is left to it. Raise the limit only for what every run needs. It was 1,400
     before a LoRA could be read in other formats, continued, and written with kohya's names, and before --config; and
     1,650 before two runs could not share a folder, a damaged checkpoint or model was refused, and pairs held out; and
-    1,850 before leftovers, best/ and the lock were known to be a run's own, and a full disk was named for results."""
-    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1900
+    1,850 before leftovers, best/ and the lock were known to be a run's own, and a full disk was named for results; and
+    1,900 before a pair that overflows in the U-Net was left out of its step."""
+    assert len((ROOT / "inversion_utils.py").read_text(encoding="utf-8").splitlines()) <= 1905
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
