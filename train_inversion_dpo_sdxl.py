@@ -837,7 +837,7 @@ def main(argv=None):
 
         # 3  The reference's errors at the targets, known from the inversion if the reference inverted
         strength, is_tie = to_device(batch["strength"], device), to_device(batch["is_tie"], device)
-        every = torch.ones((), dtype=torch.bool, device=device)
+        every = torch.ones((), dtype=torch.bool, device=device)  # what overflows is not known yet
         targets = Targets(latents, to_device(timesteps, device), noise, None, every, strength, is_tie, cond)
         if reference_noise is not None:
             reference_error = prediction_error(reference_noise, noise)

@@ -194,12 +194,12 @@ def train_and_judge(args, stage, preference, seed, setting, lengths, scales):
     if stage == "tune":  # whose cache others have filled
         costs = [(np.nan, np.nan)] * len(costs)
     pipeline, base = start_worker(args.model, base_file(args, stage))
+    sampling = pictures_of(args, stage), PICTURE_SEEDS[stage]
     for length, (seconds, calls) in zip(lengths, costs, strict=True):
         pipeline.unload_lora_weights()  # of a run that failed
         pipeline.load_lora_weights(folder / f"checkpoint-{length}", adapter_name="judged")
         for scale in scales:
             pipeline.set_adapters("judged", scale)
-            sampling = pictures_of(args, stage), PICTURE_SEEDS[stage]
             pictures, captions = evaluate.sample_held_out(pipeline, *sampling)
             found = evaluate.compare_looks(evaluate.look_at(pictures, captions), base, preference)
             rows.append({
@@ -296,9 +296,10 @@ def mark_of(runs, limit):
     is_bound = any(all(row["damage"] <= 1 + limit for row in rows) for rows in runs)
     is_guess = False
     for rows in runs:
-        gains = {step: gain for step, (_, _, gain) in gains_by_step(rows, limit).items()}
-        judged = [row for row in rows if row["step"] == max(gains, key=gains.get)]
-        is_guess |= min(judged, key=lambda row: row["scale"])["damage"] > 1 + limit
+        found = gains_by_step(rows, limit)
+        best = max(found, key=lambda step: found[step][2])
+        lowest = min((row for row in rows if row["step"] == best), key=lambda row: row["scale"])
+        is_guess |= lowest["damage"] > 1 + limit
     return "> " * is_bound + "~ " * is_guess
 
 
@@ -543,11 +544,11 @@ def main(args):
     for (stage, preference, _, setting, steps), rows in sorted(runs.rows.items()):
         if stage == "final" and steps == lengths[-1]:
             finals.setdefault((preference, setting), []).append(rows)
-    if not finals:
-        sys.exit("No final run succeeded, see above")
+    uncached = {field: of_field for field, of_field in finals.items() if not field[1].draws}
+    if not uncached:
+        sys.exit("No final run without a cache succeeded, see above")
     report = table(finals)
     (output_dir / "table.md").write_text(report + "\n")
-    uncached = {field: of_field for field, of_field in finals.items() if not field[1].draws}
     plot(uncached, output_dir / "frontier.png", frontier, "damage, %", "gain")
     plot(finals, output_dir / "time.png", race, "seconds of training on one core", f"gain within {LIMIT:.0%} damage")
     print(report)
