@@ -26,6 +26,7 @@ more step, in which the device waits for each of them.
 import argparse
 import ctypes
 import gc
+import importlib.metadata
 import json
 import math
 import os
@@ -54,24 +55,23 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_inversion_dpo
 import train_inversion_dpo_sdxl
-from inversion_utils import (
+import training_utils
+from inversion_utils import alpha_sigma, prediction_error, preference_loss, sample_timesteps
+from training_options import number
+from training_utils import (
     PreferenceDataset,
+    RunningMeans,
     add_lora,
-    alpha_sigma,
     collate,
     load_pairs,
-    number,
-    prediction_error,
-    preference_loss,
     reference_policy,
-    sample_timesteps,
-    versions,
     visit_batches,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 CALLS = ("predict_noise", "encode_images", "encode_prompts")  # the script's functions that call a model
 
 
@@ -186,7 +186,7 @@ class Models(NamedTuple):
     weight_dtype: torch.dtype
 
     def encode_images(self, batch):
-        return self.script.encode_images(self.vae, batch["pixel_values"], 8)  # the script's --vae_encode_batch_size
+        return training_utils.encode_images(self.vae, batch["pixel_values"], 8)  # the script's --vae_encode_batch_size
 
     def encode_prompts(self, batch):
         return self.script.encode_prompts(self.text_encoders, batch, {})
@@ -274,12 +274,12 @@ def collate_with_empty(examples, tokenizers):
 def train_rival(script, options, step, end_step):
     """Trains as the script does with these options, by another step; `end_step` is called after each."""
     args, error = script.parse_args(options)
-    accelerator, weight_dtype = script.start(args, error)
+    accelerator, weight_dtype = script.start(args)
     text_encoders, vae = script.load_encoders(args, weight_dtype)
-    tokenizers, unet = script.load_tokenizers(args), script.load_unet(args, weight_dtype)
+    tokenizers, unet = script.load_tokenizers(args), script.load_denoiser(args, weight_dtype)
     for module in (unet, vae, *text_encoders):
         module.to(accelerator.device)
-    parameters, pairs = add_lora(unet, args.rank, args.rank), load_pairs(args)
+    parameters, pairs = add_lora(unet, args.rank), load_pairs(args)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     dataloader = torch.utils.data.DataLoader(
@@ -289,7 +289,7 @@ def train_rival(script, options, step, end_step):
         pin_memory=DEVICE == "cuda",
     )
     policy, optimizer, _ = script.prepare_training(
-        args, error, accelerator, unet, parameters, None, args.max_train_steps, args.train_batch_size
+        args, error, accelerator, unet, parameters, None, 0, args.max_train_steps
     )
     policy.train()
     abar = script.read_configs(args)[0].alphas_cumprod
@@ -379,17 +379,18 @@ class Probe:
         self.started, self.is_timing_parts = None, False
         self._on_step, self._clock, self._patches = on_step, clock, ExitStack()
         for name in CALLS:
-            self.replace(script, name, self._counted(name, self._timed(getattr(script, name))))
+            owner = script if hasattr(script, name) else training_utils
+            self.replace(owner, name, self._counted(name, self._timed(getattr(owner, name))))
         self.replace(Accelerator, "backward", self._timed(Accelerator.backward))
         self.replace(AcceleratedOptimizer, "step", self._timed(AcceleratedOptimizer.step))
-        pop = script.RunningMeans.pop
+        pop = RunningMeans.pop
 
         def pop_and_end_step(means, accelerator):
             logs = pop(means, accelerator)
             self.end_step()
             return logs
 
-        self.replace(script.RunningMeans, "pop", pop_and_end_step)
+        self.replace(RunningMeans, "pop", pop_and_end_step)
 
     def end_step(self):
         synchronize()
@@ -453,10 +454,10 @@ def measure(args, method, folder):
     probe = Probe(script, on_step)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     tokenizers = [tokenizer] * len(family.text_encoders)
-    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, tokenizers, ["random"], None))
+    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, tokenizers, {"model": "random"}, None))
     probe.replace(script, "load_tokenizers", lambda script_args: tokenizers)
     probe.replace(script, "load_encoders", lambda script_args, dtype: make_encoders(family, dtype))
-    probe.replace(script, "load_unet", lambda script_args, dtype: make_frozen(family.unet, dtype))
+    probe.replace(script, "load_denoiser", lambda script_args, dtype: make_frozen(family.unet, dtype))
     output_dir = tempfile.mkdtemp(dir=folder)
     options = [
         "--pretrained_model_name_or_path", folder, "--train_data_dir", f"{folder}/pairs", "--report_to", "none",
@@ -470,7 +471,7 @@ def measure(args, method, folder):
         if method.rival:
             train_rival(script, options, method.rival(args), probe.end_step)
         else:
-            script.main(options)
+            script.main(*script.parse_args(options))
     finally:
         probe.close()
     ends, counts = zip(*probe.step_ends, strict=True)
@@ -578,7 +579,8 @@ def main(args):
     print(table(found))
     print("\nU-Net calls: how often a step shows it each image.")
     if args.output:
-        record = {"device": device, **vars(args), "versions": versions(), "figures": found}
+        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        record = {"device": device, **vars(args), "versions": versions, "figures": found}
         Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 

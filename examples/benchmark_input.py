@@ -26,16 +26,8 @@ from train_small_world import make_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_inversion_dpo
-from inversion_utils import (
-    PreferenceDataset,
-    collate,
-    decode_image,
-    load_pairs,
-    number,
-    printable,
-    resize_and_crop,
-    visit_batches,
-)
+from training_options import number, printable
+from training_utils import PreferenceDataset, collate, decode_image, load_pairs, resize_and_crop, visit_batches
 
 
 def parse_args(argv=None):

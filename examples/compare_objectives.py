@@ -47,9 +47,10 @@ import make_pairs
 import numpy as np
 import small_world
 import torch
-from benchmark import train_inversion_dpo
+from benchmark import train_inversion_dpo, training_utils
 
-from inversion_utils import LORA_FILE, lora_weights, number, write_lora, write_whole
+from training_options import number
+from training_utils import LORA_FILE, lora_weights, write_lora, write_whole
 
 
 class Setting(NamedTuple):
@@ -131,12 +132,12 @@ def train(args, folder, cache_dir, preference, seed, setting, lengths):
         *options_of(setting, cache_dir),
     ]  # fmt: skip
     if setting.method == "diffusers_script":
-        probe.replace(script, "PreferenceDataset", FlippedApart)
+        probe.replace(training_utils, "PreferenceDataset", FlippedApart)
     try:
         if setting.method == "published_inpo":
             train_published(options, setting, folder, probe)
         else:
-            script.main(options)
+            script.main(*script.parse_args(options))
     finally:
         probe.close()
     ends, calls = zip(*probe.step_ends, strict=True)
@@ -169,7 +170,7 @@ def train_published(options, setting, folder, probe):
         probe.end_step()
         count = len(probe.step_ends)
         if count % args.checkpointing_steps == 0:
-            write_lora(folder / f"checkpoint-{count}" / LORA_FILE, lora_weights(*seen))
+            write_lora(folder / f"checkpoint-{count}" / LORA_FILE, lora_weights(*seen), "unet")
 
     benchmark.train_rival(train_inversion_dpo, options, step, end_step)
 

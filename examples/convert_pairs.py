@@ -31,7 +31,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pair_sources import PairColumns, content_of, is_outside, label_key, open_rows, read_image, to_readable, value_at
 
-from inversion_utils import BadRow, number, one_line, printable
+from training_options import number, one_line, printable
+from training_utils import BadRow
 
 
 def label_meaning(text):

@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import LONGEST_CAPTION, BadRow, decode_image, load_pairs, number, one_line, printable
+from training_options import number, one_line, printable
+from training_utils import LONGEST_CAPTION, BadRow, decode_image, load_pairs
 
 REPORT_FILE, PICTURE_FILE = "inspection.json", "pairs.png"
 SIDE = 224  # of a shown image

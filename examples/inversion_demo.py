@@ -41,19 +41,9 @@ from diffusers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import (
-    PREDICTION_TYPES,
-    BadRow,
-    decode_image,
-    encode_images,
-    inversion_nodes,
-    invert,
-    noise_from_model_output,
-    number,
-    one_line,
-    printable,
-    resize_and_crop,
-)
+from inversion_utils import PREDICTION_TYPES, inversion_nodes, invert, noise_from_model_output
+from training_options import number, one_line, printable
+from training_utils import BadRow, decode_image, encode_images, resize_and_crop
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 OUTPUTS = ("comparison.png", "reconstruction.png", "noise.png", "noise.safetensors")

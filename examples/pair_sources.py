@@ -33,7 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from inversion_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within, one_line
+from training_options import one_line
+from training_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within
 
 # 1  Rows
 

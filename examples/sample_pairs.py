@@ -36,7 +36,7 @@ from prompt_sources import read_prompts
 from scorers import check_scorer, load_scorer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inversion_utils import number, one_line, printable
+from training_options import number, one_line, printable
 
 
 def check_model(model_option, model, lora_option=None, lora=None):

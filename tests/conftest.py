@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the client is imported
@@ -26,9 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import inversion_utils
 import train_inversion_dpo
-from inversion_utils import LORA_FILE, METRICS_FILE
+from training_utils import LORA_FILE, METRICS_FILE
 
 torch.set_num_threads(1)
 gc.freeze()  # what was imported is never garbage: each run's own collection then takes a tenth of the time
@@ -178,7 +178,7 @@ def script():
 
 
 @pytest.fixture
-def train(script, tiny_model, pairs_dir, tmp_path):
+def train(script, tiny_model, pairs_dir, tmp_path, monkeypatch):
     """Runs the script's main with small settings and returns --output_dir; options by keyword, flags as True."""
 
     def run(output="run", **options):
@@ -188,22 +188,16 @@ def train(script, tiny_model, pairs_dir, tmp_path):
             "resolution": 32, "train_batch_size": 2, "max_train_steps": 2, "rank": 4, "report_to": "none",
             "objective": "inversion_dpo",  # of the three the one with the most parts
         }  # fmt: skip
-        argv = command_line(**{**defaults, **options})
+        monkeypatch.setattr(sys, "argv", ["train.py", *command_line(**{**defaults, **options})])
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        script.main(argv)
+        script.main(*script.parse_args())
         return output_dir
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield run
     for number, handler in handlers.items():  # which a run that failed has not restored
         signal.signal(number, handler)
-
-
-@pytest.fixture
-def without_report(monkeypatch):
-    """Spares runs the drawing of report.png, which takes as long as the rest of them."""
-    monkeypatch.setattr(inversion_utils, "plot_report", lambda *args: None)
 
 
 @pytest.fixture
@@ -244,7 +238,7 @@ def no_models(script, monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("weights were loaded")  # which no `except Exception` catches
 
-    monkeypatch.setattr(script, "load_unet", load)
+    monkeypatch.setattr(script, "load_denoiser", load)
     monkeypatch.setattr(script, "load_encoders", load)
 
 

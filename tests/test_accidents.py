@@ -16,23 +16,20 @@ from conftest import assert_same, lora, pair_rows, write_json, write_parquet
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from inversion_utils import (
-    CHECKSUMS_FILE,
+import training_utils
+from training_options import one_line
+from training_utils import (
     LOCK_FILE,
     LORA_FILE,
     METRICS_FILE,
-    RAW_LORA_FILE,
     STATE_FILE,
-    HeldOut,
     add_metrics,
-    checksum_of,
-    damage_of,
+    checksum,
     lock_output_dir,
-    one_line,
+    read_checkpoint,
     read_metrics,
 )
 
-pytestmark = pytest.mark.usefixtures("without_report")
 QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3, "checkpointing_steps": 1}
 LATEST = {"resume_from_checkpoint": "latest"}
 
@@ -43,21 +40,23 @@ LATEST = {"resume_from_checkpoint": "latest"}
 HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from inversion_utils import lock_output_dir
+from training_utils import lock_output_dir
 lock = lock_output_dir(sys.argv[2])
 print("locked", flush=True)
 time.sleep(60)
 """
 
 
-def test_a_second_run_is_refused_until_the_first_one_has_died(train, refused, no_models, tmp_path, monkeypatch):
+def test_a_second_run_is_refused_until_the_first_one_has_died(refused, no_models, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, Path(__file__).parents[1], folder], stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        assert "--output_dir" in refused() and "in use" in refused(**LATEST)
+        for options in ({}, LATEST):
+            message = refused(**options)
+            assert "--output_dir" in message and "in use" in message
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
         monkeypatch.setenv("RANK", "1")
         assert lock_output_dir(folder) is None  # the main process of a run locks for all
@@ -66,19 +65,21 @@ def test_a_second_run_is_refused_until_the_first_one_has_died(train, refused, no
         holder.wait()
     monkeypatch.delenv("RANK")
     lock = lock_output_dir(folder)
-    assert lock is not None
-    place, open_file = folder / LOCK_FILE, Path.open
+    assert lock.is_locked
+    lock.release(force=True)
 
-    def open_late(self, *args, **options):  # the file of a run that is then refused, and removes it
-        file = open_file(self, *args, **options)
-        lock.undo(folder)
-        return file
 
-    monkeypatch.setattr(Path, "open", open_late)
-    with pytest.raises(ValueError, match="in use"):
-        lock_output_dir(folder)
-    monkeypatch.undo()
-    assert not place.exists() and lock_output_dir(folder).owner == ""
+def test_a_run_that_ended_while_another_one_started_is_not_overwritten(refused, no_models, tmp_path, monkeypatch):
+    """The second one found an empty folder, and took the lock when the first one had let go of it."""
+    load_pairs = training_utils.load_pairs
+
+    def load_late(args):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / LORA_FILE).write_bytes(b"precious")
+        return load_pairs(args)
+
+    monkeypatch.setattr(training_utils, "load_pairs", load_late)
+    assert LORA_FILE in refused() and (tmp_path / "run" / LORA_FILE).read_bytes() == b"precious"
 
 
 # Checkpoints
@@ -115,7 +116,7 @@ def three_steps(train, kept, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "cut", "one bit"])
-@pytest.mark.parametrize("name", [RAW_LORA_FILE, "optimizer.bin", "random_states_0.pkl", STATE_FILE, CHECKSUMS_FILE])
+@pytest.mark.parametrize("name", [LORA_FILE, "optimizer.bin", "random_states_0.pkl", STATE_FILE])
 def test_latest_takes_the_newest_sound_checkpoint(train, three_steps, caplog, name, kind):
     folder, expected = three_steps
     damage(kind, folder / "checkpoint-3" / name)
@@ -123,9 +124,11 @@ def test_latest_takes_the_newest_sound_checkpoint(train, three_steps, caplog, na
     assert_same(lora(folder), expected)
     assert not any("step 0" in record.getMessage() for record in caplog.records)
     (line,) = [record.getMessage() for record in caplog.records if "checkpoint-3" in record.getMessage()]
-    assert (name in line or name == CHECKSUMS_FILE) and "damaged-checkpoint-3" in line
-    names = {path.name for path in folder.iterdir() if "checkpoint" in path.name}
-    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3", "damaged-checkpoint-3"}
+    assert name in line
+    names = {path.name for path in folder.iterdir() if path.name.startswith("checkpoint")}
+    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    (damaged,) = folder.glob("damaged-checkpoint-3*")  # kept when its step was written again
+    assert kind == "absent" or (damaged / name).exists()
     assert [json.loads(line)["step"] for line in (folder / METRICS_FILE).read_text().splitlines()] == [1, 2, 3]
 
 
@@ -133,23 +136,28 @@ def test_a_damaged_checkpoint_that_is_named_is_refused(refused, no_models, three
     folder, _ = three_steps
     damage("one bit", folder / "checkpoint-3" / "optimizer.bin")
     message = refused(max_train_steps=4, **QUICK, resume_from_checkpoint="checkpoint-3")
-    assert (
-        message.startswith("--resume_from_checkpoint checkpoint-3: optimizer.bin is damaged") and "latest" in message
-    )
+    assert message.startswith("--resume_from_checkpoint checkpoint-3: ") and "latest" in message
+    assert "optimizer.bin is damaged" in message
 
 
-def test_without_a_sound_checkpoint_the_run_starts_anew_and_keeps_the_damaged_ones(train, three_steps, caplog):
-    folder, expected = three_steps
+def test_without_a_sound_checkpoint_the_run_is_refused_and_names_why(refused, no_models, three_steps):
+    folder, _ = three_steps
     for i in (1, 2, 3):
         damage("empty", folder / f"checkpoint-{i}" / STATE_FILE)
-    (folder / "damaged-checkpoint-3").mkdir()
-    (folder / "damaged-checkpoint-3" / "mine").touch()
-    train(max_train_steps=3, **QUICK, **LATEST)
+    message = refused(max_train_steps=3, **QUICK, **LATEST)
+    assert message.startswith("--resume_from_checkpoint latest: ") and message.count(STATE_FILE) == 3
+    assert {path.name for path in folder.glob("*checkpoint*")} == {f"checkpoint-{i}" for i in (1, 2, 3)}
+
+
+def test_the_limit_of_checkpoints_never_costs_a_sound_one(train, three_steps):
+    """Damaged ones beyond the step that is written are not counted."""
+    folder, expected = three_steps
+    for i in (2, 3):
+        damage("one bit", folder / f"checkpoint-{i}" / "optimizer.bin")
+    train(max_train_steps=2, checkpoints_total_limit=1, **QUICK, **LATEST)
+    train(max_train_steps=3, checkpoints_total_limit=1, **QUICK, **LATEST)
     assert_same(lora(folder), expected)
-    assert sum("step 0" in record.getMessage() for record in caplog.records) == 1
-    assert not any("older" in record.getMessage() for record in caplog.records)
-    names = {path.name for path in folder.iterdir() if path.name.startswith("damaged")}
-    assert names == {f"damaged-checkpoint-{i}" for i in (1, 2, 3)} | {"damaged-checkpoint-3-again"}
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
 class Evil:
@@ -168,7 +176,8 @@ def test_nothing_in_a_checkpoint_is_run(train, refused, three_steps, tmp_path, n
     file.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     pickle.loads(file.read_bytes())
     (tmp_path / "ran").unlink()  # so it would run
-    write_json(folder / "checkpoint-3" / CHECKSUMS_FILE, **{name: checksum_of(file)})
+    state = json.loads((folder / "checkpoint-3" / STATE_FILE).read_text())
+    write_json(folder / "checkpoint-3" / STATE_FILE, checksums={**state["checksums"], name: checksum(file)})
     if name == "optimizer.bin":
         message = refused(max_train_steps=4, **QUICK, **LATEST)
         assert "checkpoint-3" in message and "weights_only" not in message
@@ -178,12 +187,13 @@ def test_nothing_in_a_checkpoint_is_run(train, refused, three_steps, tmp_path, n
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", [None, STATE_FILE, RAW_LORA_FILE, "optimizer.bin"])
+@pytest.mark.parametrize("name", [None, STATE_FILE, LORA_FILE, "optimizer.bin"])
 def test_a_list_of_checksums_that_lacks_files_is_damaged(three_steps, name):
-    file = three_steps[0] / "checkpoint-3" / CHECKSUMS_FILE
-    checksums = json.loads(file.read_text())
-    file.write_text(json.dumps({k: v for k, v in checksums.items() if name and k != name}))
-    assert CHECKSUMS_FILE in damage_of(file.parent)
+    file = three_steps[0] / "checkpoint-3" / STATE_FILE
+    checksums = json.loads(file.read_text())["checksums"]
+    write_json(file, checksums={k: v for k, v in checksums.items() if name and k != name})
+    with pytest.raises(ValueError, match="is damaged"):
+        read_checkpoint(file.parent)
 
 
 @pytest.mark.parametrize("damage", [b"\xff{", b"", b"[1]", b'{"step": "2"}', b'{"step": 2, "lost": 0.5}'])
@@ -217,7 +227,7 @@ def test_a_full_disk_is_named_with_the_way_to_go_on(train, tmp_path, monkeypatch
     assert_same(lora(train(max_train_steps=3, **QUICK, **LATEST)), lora(whole))
 
 
-@pytest.mark.parametrize("place", ["best", "run", "README.md"])
+@pytest.mark.parametrize("place", ["run", "README.md"])
 def test_a_full_disk_is_named_for_results(train, tmp_path, monkeypatch, place):
     def full(write):
         def call(self, *args, **options):
@@ -229,9 +239,8 @@ def test_a_full_disk_is_named_for_results(train, tmp_path, monkeypatch, place):
 
     for name in ("write_bytes", "write_text"):
         monkeypatch.setattr(Path, name, full(getattr(Path, name)))
-    monkeypatch.setattr(HeldOut, "is_best", lambda *_: True)
-    options = {"max_train_steps": 1, "num_eval_pairs": 1, "save_best": True}
-    with pytest.raises(RuntimeError, match="run.* cannot be written: .*No space.*--resume_from_checkpoint"):
+    options = {"max_train_steps": 1}
+    with pytest.raises(RuntimeError, match="run.* cannot be written, .*No space.*--resume_from_checkpoint"):
         train(**QUICK, **options)
     if place == "run":
         monkeypatch.undo()
@@ -247,8 +256,8 @@ def test_a_full_disk_is_not_the_models_fault(refused, tmp_path, monkeypatch):
 
 
 def test_metrics_that_cannot_be_written_say_so():
-    with pytest.raises(RuntimeError, match="cannot be written: .*space.*--resume_from_checkpoint"):
-        add_metrics(Path("/dev/full"), 1, {"loss": 0.5})
+    with pytest.raises(RuntimeError, match="cannot be written, .*space.*--resume_from_checkpoint"):
+        add_metrics(Path("/dev/full"), {"step": 1, "loss": 0.5})
 
 
 def test_latest_with_nothing_to_do_says_so(train, three_steps, caplog):

@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler
 from train_small_world import make_model, make_tokenizer, make_vae
 
 import train_inversion_dpo
-from inversion_utils import add_lora
+import training_utils
+from training_utils import add_lora
 
 B, INPO_STEPS, NODES = 2, 3, 4
 IMAGES = 2 * B
@@ -112,7 +113,7 @@ def models():
     family = FAMILIES["tiny"]
     text_encoders, vae = benchmark.make_encoders(family, torch.float32)
     unet = benchmark.make_frozen(family.unet, torch.float32)
-    add_lora(unet, 4, 4)
+    add_lora(unet, 4)
     accelerator = Accelerator(mixed_precision="no")
     return Models(train_inversion_dpo, accelerator, text_encoders, vae, unet, ABAR, torch.float32)
 
@@ -218,19 +219,19 @@ def test_a_ddim_step_with_the_true_noise_reaches_the_level_exactly():
 
 
 def test_overhead_is_what_no_model_call_takes(tmp_path, monkeypatch):
-    def slowed(name):
-        function = getattr(train_inversion_dpo, name)
+    def slowed(name, owner=train_inversion_dpo):
+        function = getattr(owner, name)
 
         def call(*args, **kwargs):
             time.sleep(1.0)
             return function(*args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train_inversion_dpo, name, call)
+            patch.setattr(owner, name, call)
             (tmp_path / name).mkdir()
             return run(tmp_path / name, "--methods", "diffusion_dpo")["figures"]["diffusion_dpo"]["overhead"]
 
-    assert slowed("preference_loss") > 0.5 > 0.3 > slowed("encode_images")
+    assert slowed("preference_loss") > 0.5 > 0.3 > slowed("encode_images", training_utils)
 
 
 @has_clear_refs

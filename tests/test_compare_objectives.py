@@ -55,7 +55,7 @@ def test_the_cost_of_a_gain_by_hand():
     assert cost_of(rows, 0.06) is None
 
 
-def test_a_run_from_training_to_the_plots(tmp_path, without_report):
+def test_a_run_from_training_to_the_plots(tmp_path):
     """Without tuning; finals are cached, too; the same command does nothing again."""
     argv = [
         "--model", MODEL, "--output_dir", str(tmp_path), "--preferences", "area", "--methods", "diffusion_dpo",

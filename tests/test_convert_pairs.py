@@ -30,7 +30,7 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 
 import train_inversion_dpo
-from inversion_utils import decode_image, load_pairs
+from training_utils import decode_image, load_pairs
 
 GREYS = {"best": 250, "good": 180, "poor": 110, "worst": 40}  # winners are the lighter images
 

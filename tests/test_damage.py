@@ -100,7 +100,7 @@ def test_the_recommended_scale_gains_most_within_the_limit():
     assert evaluate.recommend({0.25: result(0.1, 1.2)}) == 0.0
 
 
-def test_the_evaluation_of_a_lora(train, without_report, tmp_path, capsys):
+def test_the_evaluation_of_a_lora(train, tmp_path, capsys):
     """A LoRA that has hardly moved: every scale is like the base model, and the picture has a row for each label."""
     pairs = tmp_path / "pairs"
     quick = ["--num_inference_steps", "2", "--model", MODEL, "--preference", "tone"]

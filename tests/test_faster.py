@@ -7,10 +7,9 @@ import torch
 from conftest import assert_same, logged, lora
 from diffusers import UNet2DConditionModel
 
-import inversion_utils
-from inversion_utils import on_device
+import training_utils
+from training_utils import on_device
 
-pytestmark = pytest.mark.usefixtures("without_report")
 INPO = {"objective": "inpo", "inversion_steps": 2, "learning_rate": 1e-3, "max_train_steps": 3}
 
 
@@ -61,7 +60,7 @@ def test_checkpointing_is_around_the_policy_only(train, monkeypatch):
 
 def test_offloaded_modules_come_and_go(monkeypatch):
     """The weights at home are not touched, and are back also after an error. "cpu:0" stands for an accelerator."""
-    monkeypatch.setattr(inversion_utils, "to_device", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr(training_utils, "to_device", lambda tensor, device: tensor.clone())
     module = torch.nn.BatchNorm1d(3).requires_grad_(False)
     home = {name: (value.clone(), value.data_ptr()) for name, value in module.state_dict().items()}
     with pytest.raises(MemoryError), on_device([module], torch.device("cpu:0")):
@@ -115,7 +114,7 @@ class OnDevice(torch.Tensor):
 @pytest.mark.parametrize("options", [{}, {"objective": "diffusion_dpo"}, {"trajectory_chunk": 3}, "cached"], ids=str)
 def test_a_step_waits_for_the_device_once(train, script, monkeypatch, tmp_path, options):
     """The metrics are read once per step, whatever the batches; everything else follows from the latents."""
-    send, encode = script.send_to_device, script.encode_images
+    send, encode = script.send_to_device, training_utils.encode_images
     options = {"inversion_cache_dir": tmp_path / "cache", "cached_draws": 1} if options == "cached" else options
     if "inversion_cache_dir" in options:
         train("filling", max_train_steps=4, **options)
@@ -124,7 +123,7 @@ def test_a_step_waits_for_the_device_once(train, script, monkeypatch, tmp_path, 
         targets = send(targets, *args, **rest)
         return targets._replace(latents=targets.latents.as_subclass(OnDevice))
 
-    monkeypatch.setattr(script, "encode_images", lambda *args: encode(*args).as_subclass(OnDevice))
+    monkeypatch.setattr(training_utils, "encode_images", lambda *args: encode(*args).as_subclass(OnDevice))
     monkeypatch.setattr(script, "send_to_device", send_to_device)
     OnDevice.reads.clear()
     train(max_train_steps=2, gradient_accumulation_steps=2, **options)

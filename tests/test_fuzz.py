@@ -32,7 +32,7 @@ from pair_sources import PairColumns, read_image, to_readable
 from PIL import ExifTags, Image
 
 import train_inversion_dpo
-from inversion_utils import BadRow, decode_image, load_pairs
+from training_utils import BadRow, decode_image, load_pairs
 
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("quick", max_examples=60, derandomize=True, **COMMON)

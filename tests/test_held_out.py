@@ -1,26 +1,17 @@
 """--num_eval_pairs: pairs kept out of training, on which the policy is watched."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same, encode, logged, lora, pair_rows, write_parquet
+from conftest import assert_same, encode, lora, pair_rows, write_parquet
 from PIL import Image
-from safetensors import safe_open
 
-from inversion_utils import (
-    BEST_DIR,
-    LORA_FILE,
-    METRICS_FILE,
-    WINNER_LIMIT,
-    HeldOut,
-    Targets,
-    plot_report,
-    read_metrics,
-)
+import training_utils
+from inversion_utils import Targets
+from training_utils import METRICS_FILE, WINNER_LIMIT, HeldOut, read_metrics
 
 QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3}
 EVAL = {"num_eval_pairs": 3, "eval_steps": 2, "max_train_steps": 4}
@@ -31,25 +22,23 @@ def evaluated(output_dir):
 
 
 @pytest.fixture
-def held_out_rows(script, monkeypatch):
+def held_out_rows(monkeypatch):
     """The rows that training and watching see, in two sets."""
     seen = {"train": set(), "eval": set()}
-    collate = script.collate
+    collate = training_utils.collate
 
     def watched(examples, tokenizers):
         for example in examples:
             seen["eval" if example["key"][0] == 5 else "train"].add(example["row"])
         return collate(examples, tokenizers)
 
-    monkeypatch.setattr(script, "collate", watched)
+    monkeypatch.setattr(training_utils, "collate", watched)
     return seen
 
 
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("objective", ["inpo", "inversion_dpo", "diffusion_dpo"])
-def test_held_out_pairs_are_watched_and_not_trained_on(
-    train, held_out_rows, without_report, tmp_path, objective, cache
-):
+def test_held_out_pairs_are_watched_and_not_trained_on(train, held_out_rows, tmp_path, objective, cache):
     """At five timesteps each, whatever the objective; every metric starts at the reference and moves."""
     options = {"objective": objective, "learning_rate": 1e-3, **EVAL, "max_train_steps": 6}
     if cache:
@@ -70,7 +59,7 @@ def test_held_out_pairs_are_watched_and_not_trained_on(
     )
 
 
-def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train, without_report, tmp_path):
+def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train, tmp_path):
     rows = pair_rows(8)
     rest = np.sort(np.random.default_rng(0).permutation(8)[3:])
     plain = train(
@@ -85,26 +74,16 @@ def test_watching_changes_nothing_else_and_is_the_same_for_any_batch_size(train,
             assert one[name] == pytest.approx(other[name], abs=1e-4), name
 
 
-@pytest.mark.parametrize("is_precomputed", [False, True])
-def test_with_a_cache_nothing_is_loaded_or_found_again(
-    train, script, without_report, tmp_path, monkeypatch, is_precomputed
-):
+def test_with_a_cache_the_same_is_measured(train, tmp_path):
+    """Held-out pairs are not in the cache: they are inverted at the start of each run."""
     options = {**QUICK, **EVAL, "inversion_cache_dir": tmp_path / "cache"}
-    if is_precomputed:
-        expected = train("other", **{**options, "inversion_cache_dir": tmp_path / "another cache"})
-        with pytest.raises(SystemExit) as end:
-            train("precomputed", precompute_only=True, **options)
-        assert end.value.code == 0
-    else:
-        expected = train("first", **options)
-    monkeypatch.setattr(script, "load_encoders", lambda *_: pytest.fail("encoders were loaded"))
-    again = train("again", **options)
-    assert evaluated(again) == evaluated(expected) and len(evaluated(expected)) == 2
-    assert_same(lora(again), lora(expected))
+    first, again = train("first", **options), train("again", **options)
+    assert evaluated(again) == evaluated(first) and len(evaluated(first)) == 2
+    assert_same(lora(again), lora(first))
 
 
-def test_a_resumed_run_measures_the_same(train, without_report):
-    options = {**QUICK, **EVAL, "save_best": True, "checkpointing_steps": 1}
+def test_a_resumed_run_measures_the_same(train):
+    options = {**QUICK, **EVAL, "checkpointing_steps": 1}
     whole = train("whole", **options)
     train("broken", **{**options, "max_train_steps": 3})
     broken = train("broken", **options, resume_from_checkpoint="latest")
@@ -156,67 +135,15 @@ def test_decay_and_standing_still_are_named_once():
     assert "has not moved" in held_out.note(still, 40) and held_out.note(still, 50) == ""
 
 
-def test_the_best_is_the_largest_margin_within_the_limit():
-    held_out = HeldOut([], [], 1.0, 0.5)
-    assert not held_out.is_best(logs_of(0.4, 0.0)) and not held_out.is_best(logs_of(3.0, 2 * WINNER_LIMIT))
-    assert held_out.is_best(logs_of(0.6, WINNER_LIMIT)) and not held_out.is_best(logs_of(0.6, 0.0))
-    assert not held_out.is_best(logs_of(float("nan"), 0.0)) and not held_out.is_best({"loss": 1.0})
-
-
-def test_save_best_keeps_the_lora_of_that_step(train, script, without_report, monkeypatch):
-    """Here of step 2, whatever the checkpoints' limit; the folder is refused like other results."""
-    values = iter([logs_of(1.0, 0.0), logs_of(0.5, 0.0)])
-    monkeypatch.setattr(HeldOut, "measure", lambda *_: next(values))
-    options = {**QUICK, **EVAL, "save_best": True, "checkpointing_steps": 1}
-    output_dir = train(**options, checkpoints_total_limit=1)
-    monkeypatch.undo()
-    expected = train("short", **QUICK, num_eval_pairs=3, max_train_steps=2)
-    assert_same(lora(output_dir / BEST_DIR), lora(expected))
-    assert [path.name for path in (output_dir / BEST_DIR).iterdir()] == [LORA_FILE]
-    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
-
-
-def test_best_and_the_remembered_margin_agree_after_a_restart(train, without_report, monkeypatch, caplog):
-    """One of a step that is taken again is removed, and margins from before --save_best do not count."""
-    options = {**QUICK, **EVAL, "max_train_steps": 6, "checkpointing_steps": 3, "eval_steps": 1}
-
-    def run(*margins, winner=0.0, **more):
-        values = iter([logs_of(margin, winner) for margin in margins])
-        monkeypatch.setattr(HeldOut, "measure", lambda *_: next(values))
-        return train(**{**options, **more})
-
-    def best(folder):
-        with safe_open(folder / BEST_DIR / LORA_FILE, "pt") as stored:
-            return stored.metadata()["step"]
-
-    run(1.0, 2.0, 1.0, output="a", max_train_steps=3)
-    resume = {"save_best": True, "resume_from_checkpoint": "latest"}
-    assert best(run(0.5, 0.6, 0.1, output="a", **resume)) == "5"
-    folder = run(1.0, 2.0, 1.0, 3.0, output="b", max_train_steps=4, **resume)
-    assert best(folder) == "4"
-    shutil.rmtree(folder / "checkpoint-4")
-    assert best(run(0.5, 0.6, 0.1, output="b", **resume)) == "5"  # of another machine, say
-    shutil.rmtree(folder / "checkpoint-6")
-    assert best(run(0.2, 0.3, 0.4, output="b", **resume)) == "6"
-    (folder / METRICS_FILE).unlink()  # lost, which is no reason to lose best/
-    assert best(run(output="b", **resume)) == "6"
-    (folder / BEST_DIR / LORA_FILE).write_bytes((folder / LORA_FILE).read_bytes())  # of a version without its margin
-    run(output="b", **resume)
-    assert (folder / BEST_DIR / LORA_FILE).exists()
-    assert not any("best/" in record.getMessage() for record in caplog.records)
-    run(*[1.0] * 6, output="c", winner=1.0, save_best=True)
-    assert sum("best/ is empty" in record.getMessage() for record in caplog.records) == 1
-
-
 HELD_OUT = np.sort(np.random.default_rng(0).permutation(8)[:3])
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_broken_held_out_rows_are_left_out_and_counted(
-    train, refused, script, without_report, tmp_path, monkeypatch, cache
-):
+def test_broken_held_out_rows_are_left_out_and_counted(train, refused, script, tmp_path, monkeypatch, cache):
     seen = []
-    monkeypatch.setattr(script, "HeldOut", lambda targets, *rest: seen.extend(targets) or HeldOut(targets, *rest))
+    monkeypatch.setattr(
+        training_utils, "HeldOut", lambda targets, *rest: seen.extend(targets) or HeldOut(targets, *rest)
+    )
     options = {**QUICK, **EVAL, "train_batch_size": 3}
     options |= {"inversion_cache_dir": tmp_path / "cache"} if cache else {}
     rows = pair_rows(8)
@@ -231,15 +158,15 @@ def test_broken_held_out_rows_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_held_out_pairs_that_overflow(train, script, without_report, tmp_path, monkeypatch, cache):
-    rows, encode_images = pair_rows(8), script.encode_images
+def test_held_out_pairs_that_overflow(train, script, tmp_path, monkeypatch, cache):
+    rows, encode_images = pair_rows(8), training_utils.encode_images
 
     def overflow(vae, pixels, *rest):
         latents = encode_images(vae, pixels, *rest)
         latents[(pixels.flatten(1) == 1).all(1)] = float("inf")
         return latents
 
-    monkeypatch.setattr(script, "encode_images", overflow)
+    monkeypatch.setattr(training_utils, "encode_images", overflow)
     for i in HELD_OUT:
         rows[i] |= {"jpg_0": encode(Image.new("RGB", (32, 32), "white"))}
     options = {"inversion_cache_dir": tmp_path / "cache"} if cache else {}
@@ -255,7 +182,7 @@ def test_held_out_pairs_that_overflow(train, script, without_report, tmp_path, m
         ({"timesteps_per_pair": 6, "timesteps_subset": list(range(9, 999, 150))}, {(6, 6), (5, 5)}),  # targets only
     ],
 )  # fmt: skip
-def test_held_out_pairs_are_inverted_at_least_as_exactly(train, script, without_report, monkeypatch, options, calls):
+def test_held_out_pairs_are_inverted_at_least_as_exactly(train, script, monkeypatch, options, calls):
     seen, invert = set(), script.invert
 
     def watched(predict, latents, timesteps, alphas_cumprod, steps, **how):
@@ -268,9 +195,7 @@ def test_held_out_pairs_are_inverted_at_least_as_exactly(train, script, without_
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_held_out_pair_whose_inversion_overflows_is_left_out(
-    train, script, without_report, tmp_path, monkeypatch, cache
-):
+def test_a_held_out_pair_whose_inversion_overflows_is_left_out(train, script, tmp_path, monkeypatch, cache):
     invert = script.invert
 
     def overflow(predict, latents, *rest, **options):
@@ -286,26 +211,6 @@ def test_a_held_out_pair_whose_inversion_overflows_is_left_out(
     assert json.loads((output_dir / "training_config.json").read_text())["data"]["rows skipped"] == 1
 
 
-def test_a_report_of_a_run_whose_bands_changed(tmp_path):
-    rows = [{"step": i, "loss": 0.5, "rewards/accuracies": 0.5, "rewards/margins": 0.0, "rewards/chosen": 0.0,
-             "rewards/rejected": 0.0, "policy_error": 1.0, "reference_error": 1.0} for i in range(4)]  # fmt: skip
-    for row, band in ((rows[1], "0-99"), (rows[3], "500-599")):
-        for name in ("margins", "accuracies", "winner_error", "loser_error"):
-            row |= {f"eval/{name}": 0.1, f"eval/{name}/{band}": 0.1}
-    del rows[2]["loss"]  # whose name was damaged
-    plot_report(rows, tmp_path / "report.png", "x", "sigmoid")
-    assert (tmp_path / "report.png").exists()
-
-
-def test_the_report_shows_held_out_pairs(train, tmp_path):
-    output_dir = train(**QUICK, **EVAL)
-    width, height = Image.open(output_dir / "report.png").size
-    plot_report([{k: v for k, v in row.items() if not k.startswith("eval/")} for row in read_metrics(
-        output_dir / METRICS_FILE)], tmp_path / "without.png", "x", "sigmoid")  # fmt: skip
-    assert Image.open(tmp_path / "without.png").size == (width, height * 2 // 3)
-    assert len(logged(output_dir, "loss")) == 4
-
-
-@pytest.mark.parametrize("options", [{"num_eval_pairs": 8}, {"num_eval_pairs": -1}, {"save_best": True}])
+@pytest.mark.parametrize("options", [{"num_eval_pairs": 8}, {"num_eval_pairs": -1}])
 def test_what_is_refused(refused, no_models, options):
     assert f"--{next(iter(options))}" in refused(**options)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import assert_same, build_pipeline, build_sdxl_pipeline, logged, lora
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import set_peft_model_state_dict
 from PIL import Image
@@ -18,21 +17,19 @@ from safetensors.torch import load_file, save_file
 
 import train_inversion_dpo
 import train_inversion_dpo_sdxl
-from inversion_utils import (
+import training_utils
+from training_options import LORA_TARGETS
+from training_utils import (
     KOHYA_FILE,
     LORA_FILE,
-    LORA_TARGETS,
-    RAW_LORA_FILE,
     add_lora,
-    lora_shape,
     lora_weights,
-    read_lora,
     reference_policy,
     sgm_names,
+    write_kohya,
     write_lora,
 )
 
-pytestmark = pytest.mark.usefixtures("without_report")
 QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-2}
 TARGETS = {
     "attention": list(LORA_TARGETS),
@@ -42,8 +39,8 @@ TARGETS = {
     "pattern": [r".*(down_blocks.*\.to_k|conv_in|conv_out|time_embedding\.linear_1|samplers\.0\.conv)"],
 }
 FAMILIES = {
-    "sd": (train_inversion_dpo, build_pipeline, StableDiffusionLoraLoaderMixin),
-    "sdxl": (train_inversion_dpo_sdxl, build_sdxl_pipeline, StableDiffusionXLLoraLoaderMixin),
+    "sd": (train_inversion_dpo, build_pipeline),
+    "sdxl": (train_inversion_dpo_sdxl, build_sdxl_pipeline),
 }
 
 
@@ -56,17 +53,12 @@ def output_of(unet):
         return unet(x, torch.tensor([10, 900]), text, added_cond_kwargs=added).sample
 
 
-def random_lora(unet, rank=4, lora_alpha=2.0, targets=LORA_TARGETS):
+def random_lora(unet, rank=4, targets=LORA_TARGETS):
     """Gives a U-Net a LoRA of random weights, and returns the U-Net."""
     torch.manual_seed(1)
-    for parameter in add_lora(unet, rank, lora_alpha, targets):
+    for parameter in add_lora(unet, rank, targets):
         torch.nn.init.normal_(parameter, std=0.2)
     return unet
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
 
 
 # One file that nobody can misread
@@ -75,24 +67,24 @@ def family(request):
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_fresh_pipeline_loads_every_module_of_a_trained_lora(kind, targets, train, script, monkeypatch, request):
-    """Whatever the targets, and with rank 4 and alpha 2, at its full effect, from the file and from that of kohya."""
-    other, build, _ = FAMILIES[kind]
+    """Whatever the targets, at its full effect, from the file, from that of kohya, and from a checkpoint."""
+    other, build = FAMILIES[kind]
     monkeypatch.setattr(script, "main", other.main)  # what `train` runs
     output_dir = train(
-        **QUICK, rank=4, lora_alpha=2, lora_target_modules=TARGETS[targets], output_kohya_format=True,
+        **QUICK, rank=4, lora_target_modules=TARGETS[targets], output_kohya_format=True,
         pretrained_model_name_or_path=request.getfixturevalue({"sd": "tiny_model", "sdxl": "tiny_sdxl_model"}[kind]),
     )  # fmt: skip
     trained = build().unet
     base = output_of(trained)
-    add_lora(trained, 4, 2, TARGETS[targets])
-    raw = load_file(output_dir / "checkpoint-2" / RAW_LORA_FILE)
-    set_peft_model_state_dict(trained, raw)
+    add_lora(trained, 4, TARGETS[targets])
+    weights = {name.removeprefix("unet."): value for name, value in lora(output_dir).items()}
+    set_peft_model_state_dict(trained, weights)
     expected = output_of(trained)
     assert (expected - base).abs().max() > 1e-2
     for path in (output_dir, output_dir / KOHYA_FILE, output_dir / "checkpoint-2"):
         pipe = build()
         pipe.load_lora_weights(path)
-        assert sum(hasattr(module, "lora_A") for module in pipe.unet.modules()) == len(raw) / 2
+        assert sum(hasattr(module, "lora_A") for module in pipe.unet.modules()) == len(weights) / 2
         torch.testing.assert_close(output_of(pipe.unet), expected, rtol=0, atol=1e-4)
     assert all(
         name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in lora(output_dir)
@@ -125,6 +117,32 @@ def test_sgm_names_are_those_that_diffusers_converts_back(config):
     assert len(converted) == len(checkpoint) > 100 and all(name == value for name, value in converted.items())
 
 
+BASES = {  # the U-Net's configuration, the prediction: what programs look for, see write_kohya
+    ("sd", 768, "epsilon"): ("sd_v1", "False", "stable-diffusion-v1/lora"),
+    ("sd", 1024, "epsilon"): ("sd_v2", "True", "stable-diffusion-v2-512/lora"),
+    ("sd", 1024, "v_prediction"): ("sd_v2", "True", "stable-diffusion-v2-768-v/lora"),
+    ("sdxl", 2048, "v_prediction"): ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora"),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_kohya_file_says_for_which_model_it_is(base, tmp_path):
+    """AUTOMATIC1111 hides a LoRA that does not while a model of another kind is loaded. No paths, no prompts."""
+    kind, width, prediction_type = base
+    unet = random_lora(FAMILIES[kind][1]().unet)
+    config = {**unet.config, "cross_attention_dim": width}
+    write_kohya(tmp_path / "it.safetensors", lora_weights(unet), config, "my-taste", prediction_type, 768)
+    with safe_open(tmp_path / "it.safetensors", "pt") as file:
+        metadata = file.metadata()
+    names = ("ss_base_model_version", "ss_v2", "modelspec.architecture")
+    assert tuple(metadata[name] for name in names) == BASES[base]
+    assert metadata["modelspec.title"] == metadata["ss_output_name"] == "my-taste"
+    assert (metadata["modelspec.resolution"], metadata["ss_resolution"]) == ("768x768", "(768, 768)")
+    assert metadata["modelspec.prediction_type"] == prediction_type.split("_")[0]
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4")
+    assert not any(character in value for value in metadata.values() for character in "\\~")
+
+
 def test_files_get_the_mode_of_the_umask(train):
     for umask, mode in ((0o022, 0o644), (0o027, 0o640)):
         before = os.umask(umask)
@@ -136,58 +154,10 @@ def test_files_get_the_mode_of_the_umask(train):
         assert len(files) >= 8 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
 
 
-def written_as(form, unet, file):
-    """Writes a U-Net's LoRA of rank 4 and alpha 2 as other programs, and earlier versions of this one, wrote it."""
-    weights = {f"unet.{name}": value for name, value in lora_weights(unet).items()}
-    raw = {name: value * 2 if ".lora_B." in name else value for name, value in weights.items()}
-    down_up = {".lora_A.": ".lora_down.", ".lora_B.": ".lora_up."}
-    config = {"unet.r": 4, "unet.lora_alpha": 2.0, "unet.target_modules": lora_shape(lora_weights(unet))[1]}
-    metadata = {"format": "pt"}
-    if form == "mixed names, alpha in the metadata":
-        raw = {
-            name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
-            if ".attn" in name
-            else name: value
-            for name, value in raw.items()
-        }
-        metadata["lora_adapter_metadata"] = json.dumps(config)
-    elif form == "kohya":
-        modules = {name.removeprefix("unet.").rsplit(".lora_", 1)[0] for name in raw}
-        raw = {
-            "lora_unet_" + name.removeprefix("unet.").rsplit(".lora_", 1)[0].replace(".", "_")
-            + next(new for old, new in down_up.items() if old in name) + "weight": value
-            for name, value in raw.items()
-        }  # fmt: skip
-        raw |= {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(2.0) for name in modules}
-    elif form == "ranks differ":
-        raw = {}
-        for i, name in enumerate(sorted({name.rsplit(".lora_", 1)[0] for name in weights})):
-            down, up = weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"]
-            if i % 2:  # the same product, as one of rank 6
-                down, up = torch.cat([down, down[:2]]), torch.cat([up, torch.zeros_like(up[:, :2])], dim=1)
-            raw |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    else:
-        raw = {name: value.half() for name, value in weights.items()}
-    save_file({name: value.contiguous() for name, value in raw.items()}, file, metadata)
-
-
-@pytest.mark.parametrize("form", ["mixed names, alpha in the metadata", "kohya", "ranks differ", "half precision"])
-def test_loras_of_other_forms_are_read_with_their_full_effect(family, form, tmp_path):
-    _, build, loader = family
-    targets = ["to_q", "to_out.0", "proj_in", "conv1", "time_emb_proj"]
-    unet = random_lora(build().unet, targets=targets)
-    written_as(form, unet, tmp_path / "other.safetensors")
-    weights, fresh = read_lora(tmp_path / "other.safetensors", unet.config, loader), build().unet
-    assert {value.dtype for value in weights.values()} == {torch.float32}
-    add_lora(fresh, 1, 1, init=weights)
-    assert fresh.peft_config["default"].r == (6 if form == "ranks differ" else 4)
-    atol = 1e-2 if form == "half precision" else 1e-5
-    torch.testing.assert_close(output_of(fresh), output_of(unet), rtol=0, atol=atol)
-    assert (output_of(unet) - output_of(build().unet)).abs().max() > 0.1
-
-
 def damage(kind, file):
     weights = load_file(file)
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
     name = next(name for name in weights if ".lora_B." in name)
     if kind == "text encoder":
         weights["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 16)
@@ -204,16 +174,22 @@ def damage(kind, file):
         weights["lora_unet_conv_in.dora_scale"] = torch.ones(4, 1)
     elif kind == "no LoRA":
         weights = {"conv_in.weight": torch.ones(4, 4)}
-    save_file(weights, file)
+    if kind == "alpha":
+        metadata = {
+            name: value.replace('"unet.lora_alpha": 4', '"unet.lora_alpha": 2') for name, value in metadata.items()
+        }
+    save_file(weights, file, None if kind == "no metadata" else metadata)
 
 
 @pytest.mark.parametrize(
-    "kind", ["text encoder", "unknown module", "not finite", "half of a module", "other kind", "dora", "no LoRA",
-             "empty", "cut short", "sdxl", "missing", "empty folder"],
+    "kind", ["text encoder", "alpha", "no metadata", "unknown module", "not finite", "half of a module", "other kind",
+             "dora", "no LoRA", "empty", "cut short", "sdxl", "missing", "empty folder"],
 )  # fmt: skip
 def test_a_lora_that_does_not_fit_is_refused_before_weights_load(kind, refused, no_models, tmp_path):
     file = tmp_path / "init.safetensors"
-    write_lora(file, lora_weights(random_lora((build_sdxl_pipeline if kind == "sdxl" else build_pipeline)().unet)))
+    write_lora(
+        file, lora_weights(random_lora((build_sdxl_pipeline if kind == "sdxl" else build_pipeline)().unet)), "unet"
+    )
     damage(kind, file)
     if kind in ("empty", "cut short"):
         file.write_bytes(file.read_bytes()[: 0 if kind == "empty" else 5000])
@@ -227,8 +203,8 @@ def test_a_lora_that_does_not_fit_is_refused_before_weights_load(kind, refused, 
 
 @pytest.fixture
 def first(train):
-    """A LoRA of a run of its own, rank 4 and alpha 2."""
-    return train("first", **QUICK, lora_alpha=2, max_train_steps=3)
+    """A LoRA of a run of its own."""
+    return train("first", **QUICK, max_train_steps=3)
 
 
 INIT = {**QUICK, "rank": None, "seed": 5}
@@ -257,7 +233,7 @@ def test_the_frozen_reference_does_not_move_and_the_policy_does():
     unet = random_lora(build_pipeline().unet)
     init, start = lora_weights(unet), output_of(unet)
     unet = build_pipeline().unet
-    parameters = add_lora(unet, 1, 1, init=init, reference="init")
+    parameters = add_lora(unet, 1, init=init, reference="init")
     assert len(parameters) == len(init) and all(parameter.dtype == torch.float32 for parameter in parameters)
     for parameter in parameters:
         parameter.data += 0.1
@@ -302,13 +278,13 @@ def test_the_cache_of_a_frozen_lora_is_another_one(train, first, tmp_path):
 # Pictures
 
 
-def test_the_last_pictures_are_of_the_saved_file(train, script, monkeypatch):
+def test_the_last_pictures_are_of_the_saved_file(train, monkeypatch):
     """So that a broken file is seen: here one whose LoRA has become zero."""
 
-    def write_zeros(file, weights):
-        write_lora(file, {name: torch.zeros_like(value) for name, value in weights.items()})
+    def write_zeros(file, weights, part):
+        write_lora(file, {name: torch.zeros_like(value) for name, value in weights.items()}, part)
 
-    monkeypatch.setattr(script, "write_lora", write_zeros)
+    monkeypatch.setattr(training_utils, "write_lora", write_zeros)
     options = {"validation_prompts": ["a"], "validation_inference_steps": 2, "num_validation_images": 1}
     output_dir = train(**{**QUICK, "learning_rate": 3e-2}, **options, validation_steps=1)
     differences = []

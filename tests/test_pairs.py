@@ -14,9 +14,9 @@ from conftest import assert_same, command_line, encode, logged, lora, pair_rows,
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-import inversion_utils
 import train_inversion_dpo
-from inversion_utils import (
+import training_utils
+from training_utils import (
     BadRow,
     PreferenceDataset,
     decode_image,
@@ -26,7 +26,6 @@ from inversion_utils import (
     visit_batches,
 )
 
-pytestmark = pytest.mark.usefixtures("without_report")
 COLUMNS = {"image_0": "jpg_0", "image_1": "jpg_1", "label": "label_0", "caption": "caption"}
 WINNERS = {"winner_column": "jpg_0", "loser_column": "jpg_1"}
 
@@ -245,7 +244,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "large.png").write_bytes(encode(PILImage.new("RGB", (8, 8), "blue")) + bytes(2000))
     save_paths(tmp_path, tmp_path / "large.png")
     assert pairs_in(tmp_path, **WINNERS)[0]
-    monkeypatch.setattr(inversion_utils, "MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setattr(training_utils, "MAX_IMAGE_BYTES", 2000)
     with pytest.raises(BadRow, match="2000 bytes"):
         pairs_in(tmp_path, **WINNERS)[0]
 

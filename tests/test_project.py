@@ -3,7 +3,7 @@
 import argparse
 import ast
 import contextlib
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -15,15 +15,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 from conftest import ROOT, build_pipeline
+from diffusers.optimization import SchedulerType
+
+import inversion_utils
+import training_options
 
 SCRIPTS = ["train_inversion_dpo.py", "train_inversion_dpo_sdxl.py"]
+HELPERS = {  # and what each may import of the others
+    "inversion_utils.py": set(),
+    "training_options.py": set(),
+    "training_utils.py": {"inversion_utils", "training_options"},
+}
 TOOLS = sorted(file.name for file in (ROOT / "examples").glob("*.py") if "def parse_args" in file.read_text())
 READMES = {name: (ROOT / name).read_text() for name in ("README.md", "examples/README.md")}
 SNIPPETS = [code for text in READMES.values() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
 LAUNCHER = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--config_file"}
+NOT_OFFERED = {"--lora_alpha", "--scale_lr", "--allow_tf32", "--logging_dir", "--hub_token"}  # which the README says
 TOP_LEVEL = {
-    *SCRIPTS, "inversion_utils.py", "requirements.txt", "constraints.txt", "README.md", "examples", "tests",
+    *SCRIPTS, *HELPERS, "requirements.txt", "constraints.txt", "README.md", "examples", "tests",
     "LICENSE", "pyproject.toml", ".ci", ".gitignore",
 }  # fmt: skip
 
@@ -51,14 +63,26 @@ def test_the_tested_versions_satisfy_the_lower_bounds():
         assert [int(x) for x in tested[name].split(".")] >= [int(x) for x in bound.split(".")], name
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "inversion_utils.py"])
-def test_a_script_needs_the_helper_beside_it_and_packages_that_are_required(name):
+@pytest.mark.parametrize("name", [*SCRIPTS, *HELPERS])
+def test_a_script_needs_the_helpers_beside_it_and_packages_that_are_required(name):
+    """The method needs torch alone, and options are read without it."""
     nodes = list(ast.walk(ast.parse((ROOT / name).read_text())))
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     packages = {re.split("[>=]", line)[0] for line in requirements("requirements.txt")} | {"PIL", "tqdm", "yaml"}
-    allowed = packages | sys.stdlib_module_names | ({"inversion_utils"} if name in SCRIPTS else set())
+    packages = {"inversion_utils.py": {"torch"}, "training_options.py": {"yaml"}}.get(name, packages)
+    allowed = packages | sys.stdlib_module_names | HELPERS.get(name, {Path(helper).stem for helper in HELPERS})
     assert {module.split(".")[0] for module in imported} <= allowed
+
+
+def test_choices_are_those_of_the_libraries():
+    """They are literals, so that options are read before the libraries are imported."""
+    schedulers = {kind.value for kind in SchedulerType} - {"piecewise_constant"}  # which needs rules
+    assert set(training_options.LR_SCHEDULERS) == schedulers
+    assert {*training_options.TRACKERS, "all"} == {str(kind) for kind in LoggerType}
+    assert training_options.LOSS_TYPES == inversion_utils.LOSS_TYPES
+    installed = {name for name in training_options.TRACKERS if importlib.util.find_spec(name)}
+    assert installed == {str(kind) for kind in get_available_trackers()}
 
 
 def tracked_files():
@@ -122,7 +146,9 @@ def test_options_named_in_the_readmes_exist():
     for name in (*SCRIPTS, *TOOLS):
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
             module(name).parse_args(["--help"])
-    known = set(re.findall(r"--\w+", printed.getvalue())) | LAUNCHER
+    known = set(re.findall(r"--\w+", printed.getvalue()))
+    assert not known & NOT_OFFERED
+    known |= LAUNCHER | NOT_OFFERED
     for name, text in READMES.items():
         assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) <= known, name
 

@@ -1,8 +1,10 @@
-"""What a run leaves: metrics, validation pictures, report, model card, configuration, tracker entries."""
+"""What a run leaves: metrics, validation pictures, model card, configuration, tracker entries."""
 
+import argparse
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_inversion_dpo
-from inversion_utils import KOHYA_FILE, Validation, add_lora, model_card, plot_report, read_metrics
+from training_utils import KOHYA_FILE, NOT_REPEATED, Validation, add_lora, model_card
 
 PROMPTS = ["a red circle", "a blue <b>square</b>\n# not a heading"]
 DRAWING = {
@@ -38,7 +40,9 @@ def output_dir(argv):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    train_inversion_dpo.main(argv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_inversion_dpo.py", *argv])
+        train_inversion_dpo.main(*train_inversion_dpo.parse_args())
     assert handlers == {number: signal.getsignal(number) for number in handlers}
     return Path(train_inversion_dpo.parse_args(argv)[0].output_dir)
 
@@ -51,7 +55,7 @@ def picture(output_dir, step, prompt):
 
 
 def test_the_folder_holds_these_and_nothing_half_written(output_dir):
-    names = {"README.md", "checkpoint-3", "logs", "metrics.jsonl", "pytorch_lora_weights.safetensors", "report.png"}
+    names = {"README.md", "checkpoint-3", "logs", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
     assert {path.name for path in output_dir.iterdir()} == names | {"training_config.json", "validation", ".lock"}
     files = {f"step-{step:06}-prompt-{i}.png" for step in (2, 3) for i in (0, 1)}
     assert {path.name for path in (output_dir / "validation").iterdir()} == files
@@ -102,8 +106,8 @@ def test_trackers_get_metrics_options_and_pictures(output_dir):
 
 def test_the_configuration_says_how_the_run_is_repeated(output_dir, argv):
     record = json.loads((output_dir / "training_config.json").read_text())
-    options = {name: value for name, value in vars(train_inversion_dpo.parse_args(argv)[0]).items()}
-    assert options.pop("hub_token") is None and record["options"] == options
+    options = {k: v for k, v in vars(train_inversion_dpo.parse_args(argv)[0]).items() if k not in NOT_REPEATED}
+    assert record["options"] == options and "output_dir" not in options
     assert record["steps"] == 3 and record["pairs_per_step"] == 2 and record["data"]["pairs"] == 8
     assert record["versions"]["torch"] == torch.__version__
     assert record["metrics"]["loss"] == pytest.approx(np.mean(logged(output_dir, "loss")))
@@ -131,14 +135,14 @@ RECORD = {
     "processes": 1, "mixed_precision": "no", "data": {"pairs": 1}, "metrics": {}, "versions": {},
     "options": {
         "pretrained_model_name_or_path": "somebody/model", "dataset_name": "somebody/pairs", "train_data_dir": None,
-        "objective": "inpo", "output_dir": "out", "resolution": 512, "validation_lora_scales": [0.0, 0.7],
+        "objective": "inpo", "resolution": 512, "validation_lora_scales": [0.0, 0.7],
         "output_kohya_format": True, "lora_init": "somebody/lora", "reference": "init",
     },
 }  # fmt: skip
 
 
 def test_a_base_and_data_on_the_hub_are_linked():
-    card = ModelCard(model_card(RECORD, {}, "me/lora"))
+    card = ModelCard(model_card(RECORD, "out", {}, "me/lora"))
     assert card.data.base_model == "somebody/model" and card.data.datasets == ["somebody/pairs"]
     assert (
         "pipe.load_lora_weights('me/lora', " in card.text and f"`{KOHYA_FILE}`" in card.text and "# lora" in card.text
@@ -148,33 +152,14 @@ def test_a_base_and_data_on_the_hub_are_linked():
 
 def test_prompts_and_commands_cannot_break_the_card():
     prompts = {"<b>a</b>\n---\n# x: [y](z)": "validation/a.png", "# b": "validation/c.png", "": "validation/b.png"}
-    card = ModelCard(model_card({**RECORD, "command": "a.py '\n```\n# x'"}, prompts, None))
+    card = ModelCard(model_card({**RECORD, "command": "a.py '\n```\n# x'"}, "out", prompts, None))
     assert "\n````\na.py" in card.text and "\n# b" not in card.text
     assert [entry["text"] for entry in card.data.widget] == list(prompts)
     assert card.text.count("![base model, LoRA 0.7]") == 3
     assert "&lt;b&gt;a&lt;/b&gt; ---" in card.text and "(empty prompt)" in card.text
 
 
-@pytest.mark.parametrize(("loss_type", "untrained"), [("sigmoid", math.log(2)), ("hinge", 1.0), ("ipo", 0.25)])
-def test_the_report_draws_what_was_logged(output_dir, tmp_path, monkeypatch, loss_type, untrained):
-    """Drawn from metrics.jsonl, also where a step was not finite; what was untrained is dotted."""
-    from matplotlib.figure import Figure
-
-    assert min(Image.open(output_dir / "report.png").size) > 500
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
-    metrics = read_metrics(output_dir / "metrics.jsonl")
-    metrics[1]["loss"] = math.nan
-    plot_report(metrics, tmp_path / "report.png", "a run", loss_type)
-    lines = [line for axes in figures[0].axes for line in axes.lines]
-    for key in metrics[0].keys() - {"step", "lr", "grad_norm", "bad_steps"}:
-        values = [row[key] for row in metrics]
-        assert any(np.array_equal(line.get_ydata(), values, equal_nan=True) for line in lines), key
-    dotted = [line.get_ydata()[0] for line in figures[0].axes[0].lines if line.get_linestyle() == ":"]
-    assert dotted == pytest.approx([untrained])
-
-
-def test_a_resumed_run_reports_all_its_steps_once(train, without_report):
+def test_a_resumed_run_reports_all_its_steps_once(train):
     """Also those that a killed run took beyond its last checkpoint, whose last line may be cut short."""
     options = {"objective": "inpo", "inversion_steps": 1, "checkpointing_steps": 2}
     whole = train("whole", max_train_steps=4, **options)
@@ -187,7 +172,7 @@ def test_a_resumed_run_reports_all_its_steps_once(train, without_report):
     assert records[0]["metrics"] == records[1]["metrics"]
 
 
-def test_validation_does_not_disturb_training(train, without_report):
+def test_validation_does_not_disturb_training(train):
     """Bit for bit, with accumulation and checkpointing, whatever random numbers the sampling takes."""
     options = {
         "max_train_steps": 3, "random_flip": True, "objective": "diffusion_dpo", "checkpointing_steps": 1,
@@ -201,14 +186,17 @@ def test_validation_does_not_disturb_training(train, without_report):
 
 
 def validation_of(pipe, folder, warnings):
-    add_lora(pipe.unet, 4, 4)
-    sampling = {"height": 32, "width": 32, "num_inference_steps": 1}
-    return Validation(pipe, folder, ["x"], [0, 1], [0.0, 0.5], sampling, torch.no_grad, warnings.append)
+    add_lora(pipe.unet, 4)
+    args = argparse.Namespace(
+        output_dir=folder, validation_prompts=["x"], seed=0, num_validation_images=2, resolution=32,
+        validation_lora_scales=[0.0, 0.5], validation_inference_steps=1, validation_guidance_scale=7.5,
+    )  # fmt: skip
+    return Validation(pipe, "unet", args, torch.no_grad, warnings.append)
 
 
 def test_validation_puts_everything_back(tmp_path):
     pipe, warnings = build_pipeline(), []
-    validation = validation_of(pipe, tmp_path / "pictures", warnings)
+    validation = validation_of(pipe, tmp_path, warnings)
     pipe.unet.train()
     before = {key: value.clone() for part in (pipe.unet, pipe.vae) for key, value in part.state_dict().items()}
     scales = [module.scaling["default"] for module in pipe.unet.modules() if hasattr(module, "lora_A")]
@@ -229,7 +217,7 @@ def test_a_sample_that_is_not_finite_is_named(tmp_path):
     assert validation.sample(1)[0].is_file() and "'x' is not finite" in warnings[0]
 
 
-def test_validation_that_fails_costs_nothing_else(train, monkeypatch, caplog, without_report):
+def test_validation_that_fails_costs_nothing_else(train, monkeypatch, caplog):
     """Out of memory is likeliest here, for the LoRA's samples at step 2. What was trained goes on and is saved."""
     calls, decode = [], AutoencoderKL.decode
 

@@ -13,7 +13,7 @@ from conftest import build_pipeline, build_sdxl_pipeline
 from PIL import Image
 
 import train_inversion_dpo
-from inversion_utils import LORA_FILE, LORA_TARGETS, add_lora, decode_image, load_pairs, lora_weights, write_lora
+from training_utils import LORA_FILE, add_lora, decode_image, load_pairs, lora_weights, write_lora
 
 ONE_MODEL = {"winner_model": None, "loser_model": None, "model": "no/such-model", "scorer": "clip"}
 PROMPTS = ["a red circle", "  a blue square  ", "", "a green heart"]
@@ -101,9 +101,9 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(sample):
 def test_a_model_with_and_without_a_lora(sample, tiny_model, tmp_path):
     pipeline = build_pipeline()
     torch.manual_seed(1)
-    for weight in add_lora(pipeline.unet, 4, 4, LORA_TARGETS):
+    for weight in add_lora(pipeline.unet, 4):
         torch.nn.init.normal_(weight)
-    write_lora(tmp_path / "lora" / LORA_FILE, lora_weights(pipeline.unet))
+    write_lora(tmp_path / "lora" / LORA_FILE, lora_weights(pipeline.unet), "unet")
     pairs = read_back(sample(winner_model=tiny_model, winner_lora=tmp_path / "lora"))
     plain = make_pairs.sample_pictures(make_pairs.load_pipeline(tiny_model), ["a red circle"], [0], 2, 7.5)[0]
     winner, loser = (pixels(image).astype(int) for image in pairs[0][:2])

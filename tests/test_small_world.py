@@ -16,18 +16,15 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 import train_inversion_dpo
-from inversion_utils import (
+from inversion_utils import add_noise, invert, prediction_error, sample_timesteps
+from training_utils import (
     PreferenceDataset,
-    add_noise,
     collate,
     decode_image,
     encode_images,
     forward_noise,
-    invert,
     load_pairs,
-    prediction_error,
     reference_policy,
-    sample_timesteps,
     visit_batches,
 )
 

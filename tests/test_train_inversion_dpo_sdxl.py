@@ -24,8 +24,6 @@ from test_train_inversion_dpo import LINEAR, record_unet_calls, resume, sample
 
 import train_inversion_dpo_sdxl
 
-pytestmark = pytest.mark.usefixtures("without_report")
-
 
 @pytest.fixture
 def script():

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -13,29 +12,26 @@ from accelerate import Accelerator
 from accelerate.utils.other import load as accelerate_load
 from conftest import assert_same, build_pipeline, logged, lora
 
-from inversion_utils import (
-    CHECKSUMS_FILE,
+import training_utils
+from inversion_utils import backward_in_chunks, preference_loss
+from training_utils import (
     LORA_FILE,
     METRICS_FILE,
-    RAW_LORA_FILE,
     STATE_FILE,
     StopSignal,
     add_lora,
     add_metrics,
-    backward_in_chunks,
     check_output_dir,
-    checksum_of,
+    checksum,
     cut_metrics,
     encode_images,
     find_checkpoint,
     lora_weights,
-    preference_loss,
     read_metrics,
     reference_policy,
     write_lora,
 )
 
-pytestmark = pytest.mark.usefixtures("without_report")
 QUICK = {"objective": "inpo", "inversion_steps": 1, "learning_rate": 1e-3}
 LATEST = {"resume_from_checkpoint": "latest"}
 
@@ -68,15 +64,15 @@ def test_chunks_give_the_gradient_of_one_pass(loss_type, inside, size):
 
 def test_a_saved_lora_is_the_policy_when_a_pipeline_loads_it(tmp_path):
     unet, pipe = build_pipeline().unet, build_pipeline()
-    for parameter in add_lora(unet, rank=4, lora_alpha=8):
+    for parameter in add_lora(unet, rank=4):
         torch.nn.init.normal_(parameter)
-    write_lora(tmp_path / LORA_FILE, lora_weights(unet))
+    write_lora(tmp_path / LORA_FILE, lora_weights(unet), "unet")
     pipe.load_lora_weights(tmp_path)
     x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([10]), torch.randn(1, 16, 16)
     with torch.no_grad():
         assert torch.equal(pipe.unet(x, t, text).sample, unet(x, t, text).sample)
     half = build_pipeline().unet.to(torch.bfloat16)
-    assert all(parameter.dtype == torch.float32 for parameter in add_lora(half, 4, 4))
+    assert all(parameter.dtype == torch.float32 for parameter in add_lora(half, 4))
 
 
 def test_the_reference_is_the_base_even_after_an_error():
@@ -84,7 +80,7 @@ def test_the_reference_is_the_base_even_after_an_error():
     x, t, text = torch.randn(1, 4, 4, 4), torch.tensor([10]), torch.randn(1, 16, 16)
     with torch.no_grad():
         base = unet(x, t, text).sample
-        for parameter in add_lora(unet, 4, 4):
+        for parameter in add_lora(unet, 4):
             torch.nn.init.normal_(parameter)
         policy = unet(x, t, text).sample
         with pytest.raises(KeyError), reference_policy(unet):
@@ -139,7 +135,7 @@ def test_a_checkpoint_holds_no_code_and_the_oldest_go(train):
     output_dir = train(**QUICK, max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=2, **LATEST)
     assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
     names = {path.name for path in (output_dir / "checkpoint-3").iterdir()}
-    assert names == {LORA_FILE, RAW_LORA_FILE, STATE_FILE, CHECKSUMS_FILE, "optimizer.bin", "random_states_0.pkl"}
+    assert names == {LORA_FILE, STATE_FILE, "optimizer.bin", "random_states_0.pkl"}
     for name in ("optimizer.bin", "random_states_0.pkl"):
         assert accelerate_load(output_dir / "checkpoint-3" / name, weights_only=True)
 
@@ -153,7 +149,7 @@ def test_other_options_of_a_resumed_run_are_named_and_count(train, caplog):
     assert all(f"--{name}" in line for name in changes) and "--rank" not in line and "--resume" not in line
     assert logged(output_dir, "lr") == [1e-3, 1e-3, 5e-4] and logged(output_dir, "step") == [1, 2, 3]
     state = json.loads((output_dir / "checkpoint-3" / STATE_FILE).read_text())
-    assert state["visit"] == 2 * 2 + 4  # no pair is skipped or seen twice
+    assert state["progress"]["visit"] == 2 * 2 + 4  # no pair is skipped or seen twice
     optimizer = torch.load(output_dir / "checkpoint-3" / "optimizer.bin", weights_only=True)
     assert optimizer["param_groups"][0]["weight_decay"] == 0.5
 
@@ -163,44 +159,47 @@ def run_dir(tmp_path):
     """Folder of a run with checkpoints 9 and 10, an unfinished one, and one that is none."""
     for name in ("checkpoint-9", "checkpoint-10", "partial-checkpoint-11", "checkpoint-x"):
         (tmp_path / name).mkdir()
-        state = {"step": 10, "visit": 40, "good_steps": 9, "num_pairs": 8, "options": {"rank": 4}, "skipped": {}}
-        (tmp_path / name / STATE_FILE).write_text(json.dumps({**state, "lora_init": None}))
-        for empty in (RAW_LORA_FILE, "optimizer.bin"):
+        progress = {
+            "options": {"rank": 4},
+            "num_pairs": 8,
+            "lora_init": None,
+            "step": 10,
+            "visit": 40,
+            "good_steps": 9,
+        }
+        for empty in (LORA_FILE, "optimizer.bin"):
             (tmp_path / name / empty).touch()
-        checksums = {file.name: checksum_of(file) for file in (tmp_path / name).iterdir()}
-        (tmp_path / name / CHECKSUMS_FILE).write_text(json.dumps(checksums))
+        checksums = {file.name: checksum(file) for file in (tmp_path / name).iterdir()}
+        checksums[STATE_FILE] = checksum(json.dumps(progress).encode())
+        (tmp_path / name / STATE_FILE).write_text(json.dumps({"progress": progress, "checksums": checksums}))
     return tmp_path
 
 
 def test_checkpoints_are_found_by_step_not_by_name(run_dir, monkeypatch):
-    find = partial(find_checkpoint, note=pytest.fail)
-    newest = find(run_dir, "latest")
-    assert newest.folder == run_dir / "checkpoint-10" and (newest.visit, newest.options) == (40, {"rank": 4})
+    find, notes = partial(find_checkpoint, note=pytest.fail), []
+    newest = folder, progress = find(run_dir, "latest")
+    assert folder == run_dir / "checkpoint-10" and (progress.visit, progress.options) == (40, {"rank": 4})
     assert find(run_dir, "checkpoint-10") == newest
     assert find("elsewhere", str(run_dir / "checkpoint-10")) == newest
-    assert find("elsewhere", str(run_dir / "checkpoint-9")).folder == run_dir / "checkpoint-9"
-    assert find(run_dir, None) is None is find(run_dir / "empty", "latest")
+    assert find("elsewhere", str(run_dir / "checkpoint-9"))[0] == run_dir / "checkpoint-9"
+    assert find(run_dir, None) == find_checkpoint(run_dir / "empty", "latest", notes.append) == (None, None)
+    assert "step 0" in notes[0]  # a mistyped --output_dir would otherwise start a run again silently
     (run_dir / "other" / "checkpoint-10").mkdir(parents=True)
     (run_dir / "other" / "checkpoint-10" / STATE_FILE).write_text("{}")
     monkeypatch.chdir(run_dir / "other")
     assert find(run_dir, "checkpoint-10") == newest  # the name is looked up in the output_dir first
     (run_dir / "checkpoint-7").mkdir()  # without checksums
     (run_dir / "checkpoint-7" / STATE_FILE).write_text("{}")
-    for name in (
-        "checkpoint-11",
-        str(run_dir),
-        "checkpoint-9",
-        "checkpoint-7",
-    ):  # 10 is newer than 9, of another course
+    for name in ("checkpoint-11", str(run_dir), "checkpoint-9", "checkpoint-7"):  # 10 is newer than 9
         with pytest.raises(ValueError, match="--resume_from_checkpoint"):
-            find(run_dir, name)
+            find_checkpoint(run_dir, name, notes.append)
 
 
 def test_metrics_survive_what_is_not_finite_and_a_line_cut_short(tmp_path):
     file = tmp_path / METRICS_FILE
     assert read_metrics(file) == []
     for step, value in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
-        add_metrics(file, step, {"loss": value})
+        add_metrics(file, {"step": step, "loss": value})
     assert all(json.loads(line) for line in file.read_text().splitlines()) and "NaN" not in file.read_text()
     with file.open("a") as stream:
         stream.write('{"step": 4')
@@ -220,40 +219,35 @@ def test_a_folder_that_holds_only_pictures_of_another_run_is_refused_and_kept(re
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"validation"}
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, refused, script, monkeypatch):
-    """Such as a job that a scheduler repeats; with other options it is another run, which stays."""
+def test_a_run_killed_before_its_first_checkpoint_starts_anew_with_latest(train, refused, monkeypatch):
+    """Such as a job that a scheduler repeats."""
 
     def kill(*_):
         raise OSError("killed")
 
-    monkeypatch.setattr(script, "save_checkpoint", kill)
+    monkeypatch.setattr(training_utils, "save_checkpoint", kill)
     with pytest.raises(OSError, match="killed"):
         train()
     monkeypatch.undo()
-    message = refused(seed=1, **LATEST)
+    message = refused()
     assert "--output_dir" in message and "metrics.jsonl" in message
     output_dir = train(**LATEST)
     assert [row["step"] for row in read_metrics(output_dir / "metrics.jsonl")] == [1, 2]
 
 
 def test_a_folder_with_checkpoints_is_kept_for_the_run_that_continues_it(run_dir):
-    checkpoint = find_checkpoint(run_dir, "latest", pytest.fail)
-    check_output_dir(run_dir, checkpoint, {})
-    check_output_dir(run_dir / "new" / "deep", None, {})
-    assert not any((run_dir / "new" / "deep").iterdir())
+    checkpoint, _ = find_checkpoint(run_dir, "latest", pytest.fail)
+    check_output_dir(run_dir, checkpoint, "latest")
+    check_output_dir(run_dir / "new" / "deep", None, None)
+    assert not (run_dir / "new").exists()
     with pytest.raises(ValueError, match="--output_dir .*--resume_from_checkpoint latest"):
-        check_output_dir(run_dir, None, {})
+        check_output_dir(run_dir, None, None)
+    (run_dir / "new").mkdir()
     (run_dir / "new" / LORA_FILE).touch()
     (run_dir / "file").touch()
     for other in ("new", "file"):
         with pytest.raises(ValueError, match="--output_dir"):
-            check_output_dir(run_dir / other, checkpoint, {})
-
-
-def test_processes_that_check_the_same_folder_do_not_disturb_each_other(tmp_path):
-    """As all ranks of a run do at the same moment."""
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: check_output_dir(tmp_path, None, {}), range(200)))
+            check_output_dir(run_dir / other, checkpoint, None)
 
 
 def test_the_soak_knows_in_which_phase_it_kills(tmp_path):

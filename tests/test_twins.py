@@ -1,40 +1,43 @@
-"""The two scripts share their text on purpose; what differs is named here, and nothing else may."""
+"""The scripts share their text on purpose; what differs is named here, and nothing else may."""
 
 import ast
 import difflib
 import inspect
+from itertools import combinations
 from pathlib import Path
 
-import train_inversion_dpo as sd
-import train_inversion_dpo_sdxl as sdxl
+import pytest
 
-DIFFERENT_OPTIONS = {"resolution": (512, 1024), "validation_guidance_scale": (7.5, 5.0)}
-RESOLUTION = (
-    'add("--resolution", type=count, default={}, help="pixels of a side; higher is slower and takes more memory")'
+import train_inversion_dpo
+import train_inversion_dpo_sdxl
+
+SCALE = (
+    'add("--validation_guidance_scale", type=scale, default={}, help="higher obeys the prompt more and varies less")'
 )
-DIFFERENT_LINES = [  # outside of the docstring and the family's functions, (SD, SDXL)
-    (
-        "from diffusers.loaders import StableDiffusionLoraLoaderMixin",
-        "from diffusers.loaders import StableDiffusionXLLoraLoaderMixin",
+SIDE = 'add("--resolution", type=count, default={}, help="pixels of a side; higher is slower and takes more memory")'
+TWINS = {  # script: its own lines, outside of docstring and family, and its defaults
+    train_inversion_dpo: (
+        [
+            "from transformers import CLIPTextModel, CLIPTokenizer",
+            'PIPELINE = "StableDiffusionPipeline"',
+            'description="Align Stable Diffusion 1.5 / 2.x with preference pairs by inversion-based DPO.",',
+            SIDE.format(512),
+            SCALE.format(7.5),
+        ],
+        {"resolution": 512, "validation_guidance_scale": 7.5},
     ),
-    (
-        "from transformers import CLIPTextModel, CLIPTokenizer",
-        "from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer",
+    train_inversion_dpo_sdxl: (
+        [
+            "from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer",
+            'PIPELINE = "StableDiffusionXLPipeline"',
+            'description="Align Stable Diffusion XL with preference pairs by inversion-based DPO.",',
+            SIDE.format(1024),
+            SCALE.format(5.0),
+        ],
+        {"resolution": 1024, "validation_guidance_scale": 5.0},
     ),
-    (
-        'PIPELINE, LORA_LOADER = "StableDiffusionPipeline", StableDiffusionLoraLoaderMixin',
-        'PIPELINE, LORA_LOADER = "StableDiffusionXLPipeline", StableDiffusionXLLoraLoaderMixin',
-    ),
-    (
-        'description="Align Stable Diffusion 1.5 / 2.x with preference pairs by inversion-based DPO.",',
-        'description="Align Stable Diffusion XL with preference pairs by inversion-based DPO.",',
-    ),
-    (RESOLUTION.format(512), RESOLUTION.format(1024)),
-    (
-        'add("--validation_guidance_scale", type=number(float, least=0), default=7.5,',
-        'add("--validation_guidance_scale", type=number(float, least=0), default=5.0,',
-    ),
-]
+}
+PAIRS = list(combinations(TWINS, 2))
 
 
 def parts(script):
@@ -49,24 +52,25 @@ def parts(script):
     return lines + after.splitlines(), [node.name for node in ast.parse(family).body]
 
 
-def test_all_but_the_family_differs_exactly_in_the_named_lines():
-    changed = [line for line in difflib.ndiff(parts(sd)[0], parts(sdxl)[0]) if line[0] in "-+"]
-    removed, added = ([line[2:].strip() for line in changed if line[0] == sign] for sign in "-+")
-    assert list(zip(removed, added, strict=True)) == DIFFERENT_LINES
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_all_but_the_family_differs_exactly_in_the_named_lines(one, other):
+    changed = [line for line in difflib.ndiff(parts(one)[0], parts(other)[0]) if line[0] in "-+"]
+    for script, sign in ((one, "-"), (other, "+")):
+        assert sorted(line[2:].strip() for line in changed if line[0] == sign) == sorted(TWINS[script][0])
 
 
-def test_the_familys_functions_are_called_alike_and_differ():
-    """One that has become equal in both scripts belongs to the shared ones."""
-    names = parts(sd)[1]
-    assert names == parts(sdxl)[1] and len(names) <= 6
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_the_familys_functions_are_called_alike_and_differ(one, other):
+    """One that has become equal in all scripts belongs to the shared ones."""
+    names = parts(one)[1]
+    assert names == parts(other)[1] and len(names) <= 7
     for name in names:
-        one, other = getattr(sd, name), getattr(sdxl, name)
-        assert inspect.signature(one) == inspect.signature(other)
-        assert inspect.getsource(one) != inspect.getsource(other)
+        assert inspect.signature(getattr(one, name)) == inspect.signature(getattr(other, name))
+        assert inspect.getsource(getattr(one, name)) != inspect.getsource(getattr(other, name))
 
 
 def test_the_defaults_differ_exactly_as_named():
     required = ["--pretrained_model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o"]
-    one, other = (vars(script.parse_args(required)[0]) for script in (sd, sdxl))
-    assert one.keys() == other.keys()
-    assert {name: (one[name], other[name]) for name in one if one[name] != other[name]} == DIFFERENT_OPTIONS
+    defaults = {script: vars(script.parse_args(required)[0]) for script in TWINS}
+    for script, (_, own) in TWINS.items():
+        assert defaults[script] == {**defaults[train_inversion_dpo], **own}
