@@ -27,7 +27,7 @@ inversion knows already; 4 the policy's errors at the same states, and the DPO l
 
 Against the papers: 1 the target is the noise implied by the image, not the reference's prediction (with which a LoRA
 never starts to move); 2 the latent is inverted to exactly the timestep it is trained at; 3 a LoRA is trained, not the
-whole model. examples/README.md explains each.
+whole model. examples/docs/method.md explains each.
 
 The twin of `train_inversion_dpo.py`: two text encoders, SDXL's micro-conditioning, and a VAE in float32 make all the
 difference.
@@ -43,18 +43,17 @@ import math
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
-from training_options import LORA_TARGETS, LOSS_TYPES, LR_SCHEDULERS, TRACKERS, check_options, number, with_config
+from training_options import LORA_TARGETS, LOSS_TYPES, LR_SCHEDULERS, TRACKERS, Parser, check_options, number
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Align Stable Diffusion XL with preference pairs by inversion-based DPO.",
-        usage="%(prog)s --pretrained_model_name_or_path M --dataset_name D --output_dir O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        usage="%(prog)s --pretrained_model_name_or_path M --train_data_dir D --output_dir O [options, see --help]",
     )
     count, natural, positive = number(int, least=1), number(int, least=0), number(float, above=0)
     fraction, scale, path = number(float, least=0, below=1), number(float, least=0), os.path.expanduser
@@ -66,6 +65,7 @@ def parse_args(argv=None):
     add("--pretrained_vae_model_name_or_path", type=path, help="another VAE than the model's own")
     add("--revision", help="revision of the model on the Hub")
     add("--variant", help="variant of the model's files, such as fp16")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the model predicts (its scheduler's)")
     add("--cache_dir", type=path, help="folder for downloads")
     add("--config", type=path, help="options in YAML, or a run's training_config.json; the command line wins")
 
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     add("--report_to", choices=["all", *TRACKERS, "none"], default="tensorboard", help="where metrics are logged")
     # fmt: on
 
-    args = parser.parse_args(with_config(parser, argv))
+    args = parser.parse_args(argv)
     check_options(args, parser.error)
     return args, parser.error
 
@@ -178,6 +178,7 @@ from tqdm.auto import tqdm
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 
 import diffusers
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.utils import check_min_version
@@ -201,9 +202,12 @@ from training_options import allowed_timesteps, inversion_steps, one_line, print
 
 check_min_version("0.42.0")
 logger = get_logger(__name__)
+transformers.logging.set_verbosity_error()  # it warns of what is not used here, such as torchvision
+transformers.logging.disable_progress_bar()  # of parts that load in a second
 
 PIPELINE = "StableDiffusionXLPipeline"
 PART, DENOISER = "unet", UNet2DConditionModel  # what is trained of it
+MODEL = "--pretrained_model_name_or_path"
 MAX_BAD_STEPS = 20  # in a row, before the run ends
 
 
@@ -213,37 +217,38 @@ def where(args, subfolder, **options):
 
 
 def vae_location(args):
-    """Returns the path of the VAE, and the keyword arguments that find it there."""
-    if args.pretrained_vae_model_name_or_path:
-        variant = utils.only_variant(Path(args.pretrained_vae_model_name_or_path)) or None  # --variant is the model's
-        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir, "variant": variant}
-    return args.pretrained_model_name_or_path, where(args, "vae", variant=args.variant)
+    """Returns the option and the path of the VAE, and the keyword arguments that find it there."""
+    if vae := args.pretrained_vae_model_name_or_path:
+        variant = utils.only_variant(Path(vae)) or None  # --variant is the model's
+        return "--pretrained_vae_model_name_or_path", vae, {"cache_dir": args.cache_dir, "variant": variant}
+    return MODEL, args.pretrained_model_name_or_path, where(args, "vae", variant=args.variant)
 
 
-def read_configs(args):
-    """Returns noise scheduler, pipeline's configuration, tokenizers, what identifies the model, and the initial LoRA.
-
-    Loads no weights of the model. Raises ValueError if this script does not align it.
-    """
-    model, (vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
-    source, pipeline_config, part = f"--pretrained_model_name_or_path {model}", {}, PART
+def read_configs(args, note):
+    """Returns noise scheduler, pipeline's configuration, tokenizers, the model's identity, and the initial LoRA."""
+    model, (vae_option, vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
+    source, pipeline_config = f"{MODEL} {model}", {}
+    utils.find_model(MODEL, model, args.revision, note)
+    utils.find_model(vae_option, vae_path, None if vae_path != model else args.revision, note)
     if Path(model).is_file():
         convert = f"diffusers.{PIPELINE}.from_single_file({model!r}).save_pretrained('my-model')"
-        raise ValueError(f'{source} is a single file; make a folder of it: python -c "import diffusers; {convert}"')
+        raise ValueError(f'{source} is a single file; make a folder of it: python -c "import diffusers; {convert}"; '
+                         "it cannot tell v-prediction, see --prediction_type")  # fmt: skip
     with contextlib.suppress(OSError, ValueError):
         pipeline_config = DiffusionPipeline.load_config(model, revision=args.revision, cache_dir=args.cache_dir)
+    blame, part = f"{source} (a {pipeline_config.get('_class_name', 'model')})", PART
     try:
-        config, commit = DENOISER.load_config(model, return_commit_hash=True, **where(args, PART))
+        config, commit = DENOISER.load_config(model, return_commit_hash=True, **where(args, part))
         part = "scheduler"
         scheduler = DDPMScheduler.load_config(model, **where(args, part))
+        scheduler |= {"prediction_type": args.prediction_type} if args.prediction_type else {}
         noise_scheduler = DDPMScheduler.from_config(scheduler)
-        part = f"vae ({vae_path})"
+        blame, part = f"{vae_option} {vae_path}", "VAE"
         vae, vae_commit = AutoencoderKL.load_config(vae_path, return_commit_hash=True, **vae_options)
     except (OSError, ValueError, NotImplementedError) as error:
-        kind = pipeline_config.get("_class_name", "model")
-        raise ValueError(f"{source} (a {kind}) has no {part} that this script can use: {one_line(error)}") from error
+        raise ValueError(f"{blame} has no {part} that this script can use: {one_line(error)}") from error
     sampler, prediction_type = scheduler.get("_class_name", "DDPMScheduler"), noise_scheduler.config.prediction_type
-    if problem := family_problem(config):
+    if problem := family_problem(config, pipeline_config):
         raise ValueError(f"{source}: {problem}")
     if config.get("in_channels", 4) != vae.get("latent_channels", 4):
         raise ValueError(f"{source}: {PART} and VAE differ in channels; inpainting models are not supported")
@@ -277,7 +282,8 @@ def read_configs(args):
             raise ValueError(f"--lora_init {args.lora_init}: {error}") from error
     else:
         utils.add_lora(empty, 1, args.lora_target_modules)
-    identity = {"pipeline": PIPELINE, "model": fingerprints, "configs": configs}
+    lora_hash = utils.checksum(save(lora_init)) if lora_init else None
+    identity = {"pipeline": PIPELINE, "model": fingerprints, "configs": configs, "lora_init": lora_hash}
     return noise_scheduler, pipeline_config, tokenizers, identity, lora_init
 
 
@@ -290,21 +296,25 @@ def load_denoiser(args, weight_dtype):
         )
     elif args.quantize_base == "int8":  # a threshold would make a sample's result depend on the rest of its batch
         options["quantization_config"] = diffusers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    return DENOISER.from_pretrained(args.pretrained_model_name_or_path, **where(args, PART, **options))
+    path, options = args.pretrained_model_name_or_path, where(args, PART, **options)
+    return utils.load_part(DENOISER, MODEL, path, logger.warning, **options)
 
 
 def load_sampler(args):
     """Returns the scheduler that the model is sampled with, for validation."""
     model = args.pretrained_model_name_or_path
     name = DDPMScheduler.load_config(model, **where(args, "scheduler")).get("_class_name", "DDPMScheduler")
-    return getattr(diffusers, name).from_pretrained(model, **where(args, "scheduler"))
+    changes = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    return getattr(diffusers, name).from_pretrained(model, **where(args, "scheduler"), **changes)
 
 
 # What belongs to the family of models
 
 
-def family_problem(unet):
+def family_problem(unet, pipeline_config):
     """Returns why a U-Net's configuration is not one of SDXL, "" if it is."""
+    if pipeline_config.get("text_encoder") == [None, None]:
+        return "this is SDXL's refiner, which lacks the first text encoder; train the base model"
     if unet.get("addition_embed_type") != "text_time":
         return "this is not an SDXL model; train_inversion_dpo.py aligns SD 1.5 and 2.x"
     kinds = [kind for kind in ("class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim") if unet.get(kind)]
@@ -322,15 +332,15 @@ def load_encoders(args, weight_dtype):
 
     The model's own VAE is in float32 whatever `weight_dtype`: SDXL's overflows in half precision.
     """
-    model, options = args.pretrained_model_name_or_path, {"variant": args.variant, "dtype": weight_dtype}
+    path, options = args.pretrained_model_name_or_path, {"variant": args.variant, "dtype": weight_dtype}
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     text_encoders = [
-        CLIPTextModel.from_pretrained(model, **where(args, "text_encoder", **options)),
-        CLIPTextModelWithProjection.from_pretrained(model, **where(args, "text_encoder_2", **options)),
+        utils.load_part(kind, MODEL, path, logger.warning, **where(args, part, **options))
+        for part, kind in kinds.items()
     ]
-    vae_path, vae_options = vae_location(args)
-    vae_dtype = weight_dtype if args.pretrained_vae_model_name_or_path else torch.float32
-    vae = AutoencoderKL.from_pretrained(vae_path, dtype=vae_dtype, **vae_options)
-    return [encoder.requires_grad_(False).eval() for encoder in text_encoders], vae.requires_grad_(False).eval()
+    option, path, options = vae_location(args)
+    options["dtype"] = weight_dtype if args.pretrained_vae_model_name_or_path else torch.float32
+    return text_encoders, utils.load_part(AutoencoderKL, option, path, logger.warning, **options)
 
 
 def make_pipeline(args, pipeline_config, tokenizers, text_encoders, vae, denoiser):
@@ -376,10 +386,7 @@ def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, w
 
 
 def start(args):
-    """Returns the accelerator and the dtype of the frozen weights; sets up logging and seeds.
-
-    Raises ValueError if an option needs a GPU that is not there.
-    """
+    """Returns the accelerator and the dtype of the frozen weights; ValueError if an option needs a GPU in vain."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -387,11 +394,11 @@ def start(args):
         project_config=ProjectConfiguration(args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=3))],  # while one process samples
     )
+    utils.check_launcher(os.environ, accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ValueError("--mixed_precision fp16 needs a GPU, which this run does not have; use bf16 or no")
     if args.quantize_base and accelerator.device.type not in ("cuda", "xpu"):
         raise ValueError(f"--quantize_base {args.quantize_base} needs a GPU, which this run does not have")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     set_seed(args.seed)
     return accelerator, {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -399,13 +406,9 @@ def start(args):
 
 def load_models(args, device, weight_dtype, lora_init, has_encoders):
     """Returns text encoders and VAE, [] and None if not needed, the denoiser with its LoRA, the LoRA's parameters."""
-    source = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    try:
-        text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
-        base = load_denoiser(args, weight_dtype)
-    except Exception as error:  # damaged files fail in many kinds
-        hint = ". Does it exist with --variant fp16 only?" if "file named" in str(error) and not args.variant else ""
-        raise ValueError(f"{source} cannot be used: {one_line(error)}{hint}") from error
+    utils.stage("Loading the model")
+    text_encoders, vae = load_encoders(args, weight_dtype) if has_encoders else ([], None)
+    base = load_denoiser(args, weight_dtype)
     for module in (base,) if args.offload or not has_encoders else (base, vae, *text_encoders):
         module.to(device)
     parameters = utils.add_lora(base, args.rank, args.lora_target_modules, lora_init, args.reference)
@@ -417,6 +420,39 @@ def load_models(args, device, weight_dtype, lora_init, has_encoders):
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
         base.compile_repeated_blocks()
     return text_encoders, vae, base, parameters
+
+
+def make_lr_scheduler(args, optimizer, max_train_steps, last_epoch=-1):
+    """Returns the learning rate's schedule, after some steps; raises ValueError if the options make none."""
+    warmup, name, rate = args.lr_warmup_steps, args.lr_scheduler, args.learning_rate
+    if warmup and warmup >= max_train_steps:
+        raise ValueError(f"--lr_warmup_steps is {warmup}; needed: fewer than the {max_train_steps} steps of the run")
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    try:
+        return get_scheduler(name, optimizer, None, warmup, max_train_steps, last_epoch=last_epoch)
+    except ValueError as error:
+        raise ValueError(f"--lr_scheduler {name} with --learning_rate {rate}: {one_line(error)}") from error
+
+
+@torch.no_grad()
+def check_prediction_type(prediction_type, encode, batch, base, predict, alphas_cumprod, seed):
+    """Warns if the model seems to predict something else, by a batch of a pair.
+
+    Read as the other type, the reference's error at forward noise is then lower at every one of five levels.
+    """
+    (latents, cond), timesteps = encode(batch), torch.tensor([1, 3, 5, 7, 9]) * (len(alphas_cumprod) // 10)
+    noise = to_device(utils.forward_noise([(0, 0)], seed, (5, *latents.shape[1:])), latents.device)
+    timesteps = to_device(timesteps[:, None].repeat(1, 2), latents.device)
+    x_t = add_noise(latents, noise, timesteps, alphas_cumprod).flatten(0, 1)
+    cond, errors = {name: value.repeat(5, *[1] * (value.ndim - 1)) for name, value in cond.items()}, {}
+    for kind in PREDICTION_TYPES:
+        with utils.reference_policy(base):
+            predicted = predict(base, x_t, timesteps.flatten(), cond, kind).view_as(noise)
+        errors[kind] = prediction_error(predicted, noise).mean(1)
+    (other,) = {*PREDICTION_TYPES} - {prediction_type}
+    if (errors[other] < errors[prediction_type]).all():
+        logger.warning(f"The model seems to predict {other}, not {prediction_type}: use --prediction_type {other}?")
 
 
 def prepare_training(args, refuse, accelerator, base, parameters, checkpoint, good_steps, max_train_steps):
@@ -433,12 +469,7 @@ def prepare_training(args, refuse, accelerator, base, parameters, checkpoint, go
         parameters, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
     )  # fmt: skip
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps,
-        last_epoch=good_steps - 1 if checkpoint else -1,
-    )  # fmt: skip
+    lr_scheduler = make_lr_scheduler(args, optimizer, max_train_steps, good_steps - 1 if checkpoint else -1)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     policy, prepared_optimizer = accelerator.prepare(base, optimizer)
     utils.register_lora_checkpointing(accelerator, base, PART)
@@ -451,23 +482,23 @@ def prepare_training(args, refuse, accelerator, base, parameters, checkpoint, go
         for group, setting in zip(optimizer.param_groups, settings, strict=True):
             group.update(setting)  # by this command's options, not by the checkpoint's
         logger.info(f"Resuming from {checkpoint}")
-    return policy, prepared_optimizer, lr_scheduler
+    return policy.train(), prepared_optimizer, lr_scheduler
 
 
 def main(args, refuse):
     notes, output_dir, num_targets = [], Path(args.output_dir), timesteps_per_pair(args)
-    warn = partial(logger.warning, main_process_only=False)  # of what this process met
+    began, warn = time.monotonic(), partial(logger.warning, main_process_only=False)  # of what this process met
 
     # What can be known before weights load
     try:
         utils.check_launcher(os.environ)
         checkpoint, before = utils.find_checkpoint(output_dir, args.resume_from_checkpoint, notes.append)
         utils.check_output_dir(output_dir, checkpoint, args.resume_from_checkpoint)
-        noise_scheduler, pipeline_config, tokenizers, identity, lora_init = read_configs(args)
+        noise_scheduler, pipeline_config, tokenizers, identity, lora_init = read_configs(args, notes.append)
         training_timesteps = torch.tensor(allowed_timesteps(args, noise_scheduler.alphas_cumprod))
         pairs = utils.load_pairs(args)
         eval_pairs = pairs.hold_out(args.num_eval_pairs)
-        progress = utils.Progress(vars(args), len(pairs), lora_init and utils.checksum(save(lora_init)))
+        progress = utils.Progress(vars(args), len(pairs), identity["lora_init"])
         if checkpoint:
             progress = utils.go_on(checkpoint, before, progress, notes.append)
         train_dataset = utils.PreferenceDataset(
@@ -481,8 +512,8 @@ def main(args, refuse):
         pairs_per_step = args.train_batch_size * accelerator.gradient_accumulation_steps * num_processes
         visits_to_go = max(0, args.num_train_epochs * len(pairs) - progress.visit)
         max_train_steps = args.max_train_steps or progress.step + math.ceil(visits_to_go / pairs_per_step)
+        make_lr_scheduler(args, torch.optim.SGD([torch.zeros(1)], args.learning_rate), max_train_steps)
         settings = {**identity, "dtype": str(weight_dtype), "timesteps": [int(training_timesteps[i]) for i in (0, -1)]}
-        settings["reference"] = progress.lora_init if args.reference == "init" else None
         last = progress.visit + pairs_per_step * (max_train_steps - progress.step)
         cache, batches = utils.open_cache(args, accelerator, pairs, settings, progress.visit, last, warn)
         repo_id = utils.create_hub_repo(args) if args.push_to_hub and not args.precompute_only else None
@@ -501,9 +532,15 @@ def main(args, refuse):
     def chunks_of(count):
         return [slice(m, m + args.trajectory_chunk) for m in range(0, count, args.trajectory_chunk)]
 
-    def predict(model, x_t, timesteps, cond):
+    @torch.no_grad()
+    def encode(batch):
+        with utils.on_device((vae, *text_encoders), device):
+            latents = utils.encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
+            return latents, encode_prompts(text_encoders, batch, pipeline_config)
+
+    def predict(model, x_t, timesteps, cond, kind=prediction_type):
         with accelerator.autocast():
-            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod, prediction_type, weight_dtype)
+            return predict_noise(model, x_t, timesteps, cond, alphas_cumprod, kind, weight_dtype)
 
     def errors(model, x_t, targets, chunk):
         """A model's errors (m, 2B) at a chunk of the targets, in one call."""
@@ -521,9 +558,7 @@ def main(args, refuse):
     def find_targets(batch):
         """Parts 1 to 3, which training does not change: a cache keeps what they find."""
         # 1  Encode
-        with utils.on_device((vae, *text_encoders), device):
-            latents = utils.encode_images(vae, batch["pixel_values"], args.vae_encode_batch_size)
-            cond = encode_prompts(text_encoders, batch, pipeline_config)
+        latents, cond = encode(batch)
         index = sample_timesteps(batch["uniforms"], 0, len(training_timesteps) - 1)
         timesteps, reference_noise = training_timesteps[index].repeat(1, 2), None  # shared by winner and loser
 
@@ -560,6 +595,9 @@ def main(args, refuse):
     )  # fmt: skip
     load_images = partial(load, collate_fn=partial(utils.collate, tokenizers=tokenizers))
     load_data, is_stopping, held_out = partial(load_images, train_dataset), False, None
+    if has_encoders:  # does the model predict what its scheduler says?
+        batch = utils.collate([train_dataset[(0, 0), 0]], tokenizers)
+        check_prediction_type(prediction_type, encode, batch, base, predict, alphas_cumprod, args.seed)
     if cache:
         is_stopping = utils.fill_cache(accelerator, cache, batches, load_data, find_targets, note, stop)
         logger.info(f"The cache {cache.folder} {'is not filled yet' if is_stopping else 'holds what this run reads'}")
@@ -570,10 +608,9 @@ def main(args, refuse):
         sys.exit(128 + (stop.received or signal.SIGTERM) if is_stopping else 0)
     if args.num_eval_pairs:
         held_out = utils.hold_out(args, accelerator, eval_pairs, training_timesteps, load_images, find_targets, note)
-    dataloader = load_data(batch_sampler=utils.visit_batches(
-        len(pairs), args.train_batch_size, args.seed, progress.visit, accelerator.process_index, num_processes,
-        args.cached_draws if cache else None,
-    ))  # fmt: skip
+    share = (accelerator.process_index, num_processes, args.cached_draws if cache else None)
+    visits = utils.visit_batches(len(pairs), args.train_batch_size, args.seed, progress.visit, *share)
+    dataloader = load_data(batch_sampler=visits)
 
     # Optimizer, trackers, validation
     policy, optimizer, lr_scheduler = prepare_training(
@@ -591,90 +628,94 @@ def main(args, refuse):
     if cache and not validation:
         text_encoders = vae = None
     logger.info(
-        f"Pairs: {len(pairs)}; ties in the data: {pairs.num_ties}; rows without a usable label: {pairs.num_unusable}; "
-        f"steps: {max_train_steps} of {pairs_per_step} pairs; {args.objective}; timesteps per pair: {num_targets}, "
-        f"{training_timesteps[0]} to {training_timesteps[-1]}; parameters: {sum(p.numel() for p in parameters):,}"
+        f"Pairs: {len(pairs)} (of {pairs.num_rows} rows; ties: {pairs.num_ties}, no label: {pairs.num_unusable}); "
+        f"{max_train_steps} steps of {pairs_per_step} pairs; {args.objective}, {num_targets} of timesteps "
+        f"{training_timesteps[0]} to {training_timesteps[-1]}; {sum(p.numel() for p in parameters):,} parameters"
     )
     if progress.step >= max_train_steps:
         logger.info(f"Nothing to train: {progress.step} steps are done. Only the results are written")
     bar = tqdm(None, "Steps", max_train_steps, initial=progress.step, disable=not accelerator.is_local_main_process)
     means, usable_rows, bad_steps_in_a_row, has_moved = utils.RunningMeans(), [], 0, bool(checkpoint)
-    policy.train()
 
-    for batch in dataloader if progress.step < max_train_steps else ():
-        note(batch["skipped"])
-        with accelerator.accumulate(policy):
-            targets = send_to_device(batch["targets"], device, non_blocking=True) if cache else find_targets(batch)
-            x_t = add_noise(targets.latents, targets.noise, targets.timesteps, alphas_cumprod)
-            usable_rows.append((batch["rows"], targets.usable))
+    is_between_steps = True
+    try:
+        for batch in dataloader if progress.step < max_train_steps else ():
+            note(batch["skipped"])
+            with accelerator.accumulate(policy):
+                targets = send_to_device(batch["targets"], device, non_blocking=True) if cache else find_targets(batch)
+                x_t = add_noise(targets.latents, targets.noise, targets.timesteps, alphas_cumprod)
+                usable_rows.append((batch["rows"], targets.usable))
 
-            # 4  The policy's errors at the same states, and the DPO loss
-            def loss_of(policy_error, targets=targets):
-                reference_error = targets.reference_error
-                means.add(policy_error=policy_error, reference_error=reference_error)
-                if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
-                    policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
-                loss, metrics = preference_loss(
-                    policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing,
-                    targets.strength, targets.is_tie if args.tie_policy == "soft" else None,
+                # 4  The policy's errors at the same states, and the DPO loss
+                def loss_of(policy_error, targets=targets):
+                    reference_error = targets.reference_error
+                    means.add(policy_error=policy_error, reference_error=reference_error)
+                    if args.objective == "inversion_dpo":  # the mean over the trajectory stands inside the log-sigmoid
+                        policy_error, reference_error = policy_error.mean(0), reference_error.mean(0)
+                    loss, metrics = preference_loss(
+                        policy_error, reference_error, args.beta_dpo, args.loss_type, args.label_smoothing,
+                        targets.strength, targets.is_tie if args.tie_policy == "soft" else None,
+                    )  # fmt: skip
+                    means.add(loss=loss, **metrics)
+                    return loss.mean()
+
+                backward_in_chunks(
+                    [partial(errors, policy, x_t, targets, chunk) for chunk in chunks_of(num_targets)],
+                    loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
                 )  # fmt: skip
-                means.add(loss=loss, **metrics)
-                return loss.mean()
+                if not accelerator.sync_gradients:
+                    continue
 
-            backward_in_chunks(
-                [partial(errors, policy, x_t, targets, chunk) for chunk in chunks_of(num_targets)],
-                loss_of, accelerator.backward, partial(accelerator.no_sync, policy),
-            )  # fmt: skip
-            if not accelerator.sync_gradients:
-                continue
+                # Once per step: clip, look at the metrics, update
+                means.add(grad_norm=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
+                means.add(stop=torch.full((), stop.received > 0, device=device))  # a tensor's copy would wait
+                means.add(usable=torch.cat([usable for _, usable in usable_rows]))
+                logs = means.pop(accelerator)
+                is_stopping, usable_share = logs.pop("stop") > 0, logs.pop("usable")
+                is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
+                is_between_steps = False
+                if not is_bad:
+                    optimizer.step()
+                elif accelerator.scaler is not None:  # of a loss in half precision, which adapts to bad steps
+                    accelerator.scaler.update()
+                optimizer.zero_grad()
 
-            # Once per step: clip, look at the metrics, update
-            means.add(grad_norm=accelerator.clip_grad_norm_(parameters, args.max_grad_norm))
-            means.add(stop=torch.full((), stop.received > 0, device=device))  # a tensor's copy would wait
-            means.add(usable=torch.cat([usable for _, usable in usable_rows]))
-            logs = means.pop(accelerator)
-            is_stopping, usable_share = logs.pop("stop") > 0, logs.pop("usable")
-            is_bad = not (usable_share and math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"]))
+            progress.advance(pairs_per_step, is_bad)
+            step, is_last = progress.step, progress.step == max_train_steps
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": step - progress.good_steps}
+            bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
             if not is_bad:
-                optimizer.step()
-            elif accelerator.scaler is not None:  # of a loss in half precision, which adapts to bad steps
-                accelerator.scaler.update()
-            optimizer.zero_grad()
-
-        progress.step += 1
-        progress.visit += pairs_per_step
-        progress.good_steps += not is_bad
-        step, is_last = progress.step, progress.step == max_train_steps
-        logs |= {"lr": lr_scheduler.get_last_lr()[0], "bad_steps": step - progress.good_steps}
-        bad_steps_in_a_row = bad_steps_in_a_row + 1 if is_bad else 0
-        if not is_bad:
-            lr_scheduler.step()
-        for rows, usable in usable_rows if usable_share < 1 else ():
-            note(utils.not_finite(rows, usable))
-        usable_rows.clear()
-        if held_out and (step % args.eval_steps == 0 or is_last):
-            logs |= held_out.measure(accelerator, partial(all_errors, base))
-            if line := held_out.note(logs, step):
-                logger.warning(line)
-        accelerator.log(logs, step=step)
-        if accelerator.is_main_process:
-            utils.add_metrics(output_dir / utils.METRICS_FILE, {"step": step, **logs})
-        bar.update()
-        bar.set_postfix(loss=logs["loss"], acc=logs["rewards/accuracies"], margin=logs["rewards/margins"])
-        if bad_steps_in_a_row == MAX_BAD_STEPS or (is_last and not progress.good_steps):
-            reason = "loss or gradient are not finite" if usable_share else utils.NOT_FINITE
-            remedy = "a lower --learning_rate, another --mixed_precision or --pretrained_vae_model_name_or_path"
-            raise RuntimeError(f"{bad_steps_in_a_row} bad steps in a row: {reason}. Try {remedy}")
-        has_moved = has_moved or logs["grad_norm"] > 0
-        if progress.good_steps == 10 and not has_moved:
-            raise RuntimeError("after 10 steps the LoRA is unchanged: do winner and loser differ in any pair?")
-        if is_stopping or is_last or step % args.checkpointing_steps == 0:
-            progress.skipped.update(gather_object(list(progress.skipped.items())))
-            utils.save_checkpoint(accelerator, output_dir, progress, args.checkpoints_total_limit)
-        if validation and step % args.validation_steps == 0 and not (is_last or is_stopping):
-            utils.log_pictures(accelerator, validation.sample(step), step)
-        if is_stopping or is_last:
-            break
+                lr_scheduler.step()
+            is_between_steps = True
+            for rows, usable in usable_rows if usable_share < 1 else ():
+                note(utils.not_finite(rows, usable))
+            usable_rows.clear()
+            if held_out and (step % args.eval_steps == 0 or is_last):
+                logs |= held_out.measure(accelerator, partial(all_errors, base))
+                if line := held_out.note(logs, step):
+                    logger.warning(line)
+            accelerator.log(logs, step=step)
+            if accelerator.is_main_process:
+                utils.add_metrics(output_dir / utils.METRICS_FILE, {"step": step, **logs})
+            bar.update()
+            bar.set_postfix(loss=logs["loss"], acc=logs["rewards/accuracies"], margin=logs["rewards/margins"])
+            if bad_steps_in_a_row == MAX_BAD_STEPS or (is_last and not progress.good_steps):
+                reason = "loss or gradient are not finite" if usable_share else utils.NOT_FINITE
+                remedy = "a lower --learning_rate, another --mixed_precision or --pretrained_vae_model_name_or_path"
+                raise RuntimeError(f"{bad_steps_in_a_row} bad steps in a row: {reason}. Try {remedy}")
+            has_moved = has_moved or logs["grad_norm"] > 0
+            if progress.good_steps == 10 and not has_moved:
+                raise RuntimeError("after 10 steps the LoRA is unchanged: do winner and loser differ in any pair?")
+            if is_stopping or is_last or step % args.checkpointing_steps == 0:
+                progress.skipped.update(gather_object(list(progress.skipped.items())))
+                utils.save_checkpoint(accelerator, output_dir, progress, args.checkpoints_total_limit)
+            if validation and step % args.validation_steps == 0 and not (is_last or is_stopping):
+                utils.log_pictures(accelerator, validation.sample(step), step)
+            if is_stopping or is_last:
+                break
+    except Exception as problem:
+        utils.rescue(accelerator, output_dir, progress, is_between_steps, problem, logger)
+        raise
 
     # Results
     bar.close()
@@ -688,7 +729,7 @@ def main(args, refuse):
     elif accelerator.is_main_process:
         exit_code = utils.save_results(
             args, accelerator, base, PART, PIPELINE, prediction_type, progress, pairs, pairs_per_step, validation,
-            repo_id, logger,
+            repo_id, began, logger,
         )  # fmt: skip
     policy = None  # the wrapper goes before the group of processes
     utils.leave(accelerator, lock)

@@ -4,11 +4,14 @@ Needs no torch, so that a mistyped option is told at once.
 """
 
 import argparse
+import contextlib
+import difflib
 import importlib.util
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,42 +46,103 @@ def number(kind: type, *, least=-math.inf, above=-math.inf, most=math.inf, below
     return parse
 
 
-def with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
-    """Returns the command line, or the program's own, after the options of the file that its `--config` names.
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns the one of the names that is most like this one, "" if none is."""
+    plain = {other.lower().replace("-", "_"): other for other in names}
+    found = difflib.get_close_matches(name.lower().replace("-", "_"), plain, 1)
+    return plain[found[0]] if found else ""
 
-    So the command line wins. The file is YAML, options by name, or a run's `training_config.json`. Ends the program if
-    it is of no use.
+
+def missing_folder(value: str, was_asked_for=False) -> str:
+    """Returns what to say of a local path to nothing, with the nearest name there is; "" if it is no such path.
+
+    A path is what begins with `/`, `.` or `~`, or holds a backslash or more than one slash. Other values may be on the
+    Hub. If they are not (`was_asked_for`), those are paths, too, whose parent or nearest name is here.
     """
-    import yaml
+    path = Path(os.path.expanduser(value))
+    with contextlib.suppress(OSError):  # a name that is too long, a folder that may not be read
+        if path.exists() or "://" in value:
+            return ""
+        parent = next(parent for parent in path.parents if parent.is_dir())
+        near = nearest(path.relative_to(parent).parts[0], (child.name for child in parent.iterdir()))
+        is_path = value[:1] in ("/", ".", "~") or "\\" in value or value.count("/") > 1
+        if is_path or (was_asked_for and (near or parent != Path())):
+            meant = Path(parent, near, *path.relative_to(parent).parts[1:])
+            meant = meant if meant.exists() else parent / near
+            return f"no such folder: {value}" + (f"; did you mean {meant}?" if near else "")
+    return ""
 
-    argv = sys.argv[1:] if argv is None else argv
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", type=os.path.expanduser)
-    file, words = finder.parse_known_args(argv)[0].config, []
-    if file is None:
-        return list(argv)
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
-    try:
+
+class Parser(argparse.ArgumentParser):
+    """Reads options as argparse does, after those of the file that `--config` names, so that the command line wins.
+
+    The file is YAML, options by name, or a run's `training_config.json`. Dashes stand for underscores, too. Of any
+    other option that there is not, the message says what was meant.
+    """
+
+    def __init__(self, **options):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(**{"formatter_class": formatter, "allow_abbrev": False, **options})
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a console that lacks a letter shows its code, and ends no program
+                stream.reconfigure(errors="backslashreplace")
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = self._known(list(sys.argv[1:] if args is None else args))
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config", type=os.path.expanduser)
+        file = finder.parse_known_args(words)[0].config if "--config" in self._option_string_actions else None
+        try:
+            words = [*self._words_of(file), *words] if file else words
+        except Exception as error:  # yaml's own among them
+            self.error(f"--config {file}: {one_line(error)}")
+        return super().parse_known_args(words, namespace)
+
+    def _known(self, words: list[str]) -> list[str]:
+        """Returns the words with the options' own names; ends the program at an option that there is not."""
+        known = self._option_string_actions
+        for i, word in enumerate(words[: words.index("--")] if "--" in words else words):
+            name, has_value, value = word.partition("=")
+            if name.startswith(("\u2013", "\u2014")):
+                self.error(f"{name} begins with a dash that is not the keyboard's; write --{name[1:].lstrip('-')}")
+            if name in known or not re.match("--?[A-Za-z]", name):
+                action = known.get(name)
+            else:
+                near = nearest(f"--{name.lstrip('-')}", known)
+                if near.replace("-", "_") != name.replace("-", "_"):
+                    self.error(f"there is no option {name}" + (f"; did you mean {near}?" if near else ""))
+                action, words[i] = known[near], near + has_value + value
+            follows = value or (words[i + 1] if i + 1 < len(words) else "")
+            if isinstance(action, argparse.BooleanOptionalAction) and (
+                has_value or follows.lower() in ("true", "false", "yes", "no", "1", "0")
+            ):
+                off = next(x for x in action.option_strings if x.startswith("--no-"))
+                self.error(f"{name} takes no value; without {follows!r} it turns on, {off} turns it off")
+        return words
+
+    def _words_of(self, file: str) -> list[str]:
+        """Returns the options of a file as words of a command line; raises an error if it is of no use."""
+        import yaml
+
         # In YAML `no` would be false, and 1e-4 text: all scalars stay as they are written, and argparse reads them.
         values = yaml.load(Path(file).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-        values = values.get("options", values) if isinstance(values, dict) else None
+        values, words = values.get("options", values) if isinstance(values, dict) else None, []
         if not isinstance(values, dict):
             raise ValueError("it does not hold options by name")
         for name, value in values.items():
-            if name not in actions:
-                raise ValueError(f"there is no option called {name}")
-            if name == "config" or value in ("", "~", "null"):
+            action, is_list = self._option_string_actions.get(f"--{name.replace('-', '_')}"), isinstance(value, list)
+            if action is None or action.dest == "help":
+                near = nearest(name, (action.dest for action in self._actions))
+                raise ValueError(f"there is no option {name}" + (f"; did you mean {near}?" if near else ""))
+            if action.dest == "config" or value in ("", "~", "null"):
                 continue
-            action, is_list = actions[name], isinstance(value, list)
             if isinstance(value, dict) or (is_list and action.nargs != "+"):
                 raise ValueError(f"{name} is {value}; needed: a single value")
             if isinstance(action, argparse.BooleanOptionalAction) and value.lower() in ("true", "false"):
-                words.append(f"--{name}" if value.lower() == "true" else f"--no-{name}")
+                words.append(f"--{action.dest}" if value.lower() == "true" else f"--no-{action.dest}")
             else:
-                words += [f"--{name}", *value] if is_list else [f"--{name}={value}"]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.error(f"--config {file}: {one_line(error)}")
-    return [*words, *argv]
+                words += [f"--{action.dest}", *value] if is_list else [f"--{action.dest}={value}"]
+        return words
 
 
 def check_options(args: argparse.Namespace, error: Callable[[str], Any]) -> None:
@@ -91,6 +155,8 @@ def check_options(args: argparse.Namespace, error: Callable[[str], Any]) -> None
     rules = {
         f"--{''.join(inside[:1])} lies in --train_data_dir, whose files it would then be among": inside,
         "give the data by either --dataset_name or --train_data_dir": (args.dataset_name is None) == (data is None),
+        f"--dataset_name {args.dataset_name} is a web address; needed: its name on the Hub, user/name":
+            "://" in (args.dataset_name or ""),
         "--winner_column and --loser_column go together": bool(args.winner_column) != bool(args.loser_column),
         "--winner_column excludes --image_0_column, --image_1_column and --label_column":
             args.winner_column and columns != ("jpg_0", "jpg_1", "label_0"),

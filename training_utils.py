@@ -14,11 +14,13 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import html
 import importlib.metadata
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -35,19 +37,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi, ModelCardData, hf_hub_download
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from huggingface_hub import HfApi, ModelCardData, constants, errors, hf_hub_download
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from inversion_utils import IMAGE_AXIS, Targets, preference_loss, to_device
-from training_options import LORA_TARGETS, inversion_steps, one_line, printable, timesteps_per_pair
+from training_options import LORA_TARGETS, inversion_steps, missing_folder, one_line, printable, timesteps_per_pair
 
 # 2  Pairs
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # PIL's others are rare or run programs (EPS)
 MAX_IMAGE_BYTES = 2**28  # of a file
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_IMAGE_BYTES  # text and profiles, never looked at
 CONVERTER = "examples/convert_pairs.py converts other data"
 
 
@@ -67,40 +70,58 @@ class Pair(NamedTuple):
 
 def load_pairs(args: argparse.Namespace) -> "PreferencePairs":
     """Returns the pairs that the data options name; raises ValueError, naming the option, if there are none."""
-    from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+    from datasets import load_dataset
 
-    disable_progress_bars()
-    split, folder = args.dataset_split_name, Path(args.train_data_dir or args.dataset_name)
-    source = f"--dataset_name {args.dataset_name}" if args.dataset_name else f"--train_data_dir {args.train_data_dir}"
+    stage("Reading pairs")
+    split, data, cache = args.dataset_split_name, args.train_data_dir or args.dataset_name, args.cache_dir
+    source = f"--dataset_name {data}" if args.dataset_name else f"--train_data_dir {data}"
+    if problem := missing_folder(data) or (args.train_data_dir and not Path(data).is_dir() and "it is not a folder"):
+        raise ValueError(f"{source}: {missing_folder(data, was_asked_for=True) or problem}")
+    if args.dataset_name:
+        find_model("--dataset_name", data, repo_type="dataset")
     try:
-        if args.train_data_dir and not folder.is_dir():
-            raise FileNotFoundError(f"{folder.resolve()} is not a folder")
-        if (folder / "state.json").exists():
-            rows = load_from_disk(folder)
-        elif (folder / "dataset_dict.json").exists():
-            rows = load_from_disk(folder / split)
+        if (Path(data) / "state.json").exists() or (Path(data) / "dataset_dict.json").exists():
+            rows = load_saved(data, split)
         else:
-            name = args.train_data_dir or args.dataset_name
-            rows = load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
-        if not isinstance(rows, Dataset):
+            load = functools.partial(load_dataset, data, args.dataset_config_name, split=split, cache_dir=cache)
+            try:
+                rows = load()
+            except Exception as error:
+                if "BatchSize" not in f"{error}{error.__cause__}":
+                    raise
+                rows = load(batch_size=1000)  # which a first shard of no rows would make 0
+        if not hasattr(rows, "num_rows"):
             raise ValueError("it is not a single split")
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
         reason = one_line(error) + (f" ({one_line(error.__cause__)})" if error.__cause__ else "")
+        if "No space left" in reason:
+            source = f"the cache of `datasets` ({cache or 'HF_HOME'}, see --cache_dir) is on a full disk: {source}"
         raise ValueError(f"{source}, split {split!r}, cannot be loaded: {reason}") from error
     names = ("winner", "loser") if args.winner_column else ("image_0", "image_1", "label")
     names += ("caption", "strength") if args.strength_column else ("caption",)
-    columns = {name: getattr(args, f"{name}_column") for name in names}
-    return PreferencePairs(rows, columns, args.tie_policy, args.max_train_samples, folder if folder.is_dir() else None)
+    columns, folder = {name: getattr(args, f"{name}_column") for name in names}, Path(data)
+    folder = folder if folder.is_dir() else None
+    return PreferencePairs(rows.with_format(None), columns, args.tie_policy, args.max_train_samples, folder)
+
+
+def load_saved(folder: str, split: str):
+    """Returns the rows that `save_to_disk` wrote, of a split or a slice of one, as `load_dataset` names it."""
+    from datasets import Dataset, ReadInstruction, concatenate_datasets, load_from_disk
+
+    saved = load_from_disk(folder)
+    splits = {str(saved.split or "train"): saved} if isinstance(saved, Dataset) else saved
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 class PreferencePairs:
     """Preference pairs in the rows of a `datasets.Dataset`: `self[place]` is a `Pair` or raises `BadRow`.
 
-    Labels and strengths are read at once. Images and captions are read when a pair is.
+    Labels and strengths are read at once, images and captions when a pair is.
 
     Args:
-        columns: the columns by what they hold: "image_0", "image_1" and "label" (1: image 0 is better, 0: image 1 is,
-            0.5: neither), or "winner" and "loser"; "caption"; and, optionally, "strength".
+        columns: by what they hold: "image_0", "image_1" and "label" (1: image 0 is better, 0: image 1 is, 0.5:
+            neither), or "winner" and "loser"; "caption"; and, optionally, "strength".
         tie_policy: "drop" leaves ties out, "soft" keeps them.
         max_pairs: keep the first so many pairs; all if None.
         folder: where image files that the rows name must lie; anywhere if None.
@@ -169,6 +190,7 @@ class PreferencePairs:
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         try:
             if data is None and path is not None:
+                path = os.path.join(self.folder or "", path)
                 if self.folder and not is_within(path, self.folder):
                     raise BadRow(f"image outside the data's folder: {path}")
                 if Path(path).is_file() and Path(path).stat().st_size > MAX_IMAGE_BYTES:
@@ -217,7 +239,7 @@ def check_tokenizer(tokenizer) -> None:
 
 
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
-    """Returns an upright RGB image: EXIF orientation is applied, transparency becomes white, the first frame counts.
+    """Returns an upright sRGB image: EXIF orientation is applied, transparency becomes white, the first frame counts.
 
     `image.info["original_size"]` is its (height, width). A JPEG may come at a half, a quarter or an eighth of that as
     long as no side has fewer pixels than `min_side`: decoding it so takes much less time. Raises BadRow if the bytes
@@ -228,11 +250,14 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
         size = image.size[::-1]
         if min_side is not None:
             image.draft(None, (min_side, min_side))
-        if image.format != "TIFF" and image.getexif().get(0x0112, 1) > 4:  # it lies on its side; PIL turns a TIFF
-            size = size[::-1]
-        image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are not 8-bit numbers (mode {image.mode})")
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF is no reason to do without the pixels
+            if image.format != "TIFF" and image.getexif().get(0x0112, 1) > 4:  # it lies on its side; PIL turns a TIFF
+                size = size[::-1]
+            image = ImageOps.exif_transpose(image)
+        image = to_srgb(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -241,6 +266,17 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
         message = re.sub(r" <_io.BytesIO[^>]*>", "", one_line(error))
         raise BadRow(f"unreadable image: {message}") from error
     image.info = {"original_size": size}
+    return image
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Returns an image in sRGB, by its colour profile, as browsers show it; as it is if there is none that works."""
+    with contextlib.suppress(Exception):  # PIL's own error and others, of profiles and of modes that do not fit them
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            mode = "RGBA" if image.has_transparency_data else "RGB"
+            image = image.convert(mode) if image.mode in ("P", "PA") else image
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
     return image
 
 
@@ -362,10 +398,7 @@ def visit_batches(num_pairs, batch_size, seed, visit=0, process_index=0, num_pro
 
 
 def forward_noise(keys: list[tuple[int, ...]], seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Returns standard normal noise (M, 2B, C, h, w), seeded by the keys of B visits, the same for winner and loser.
-
-    `shape` is (M, C, h, w).
-    """
+    """Returns normal noise (M, 2B, C, h, w), `shape` (M, C, h, w), by B visits' keys, for winner and loser alike."""
     # Random streams: 0, 3 and 5 draw for a visit, a cache and a held-out pair, each + 1 its noise; 2 orders an epoch.
     seeds = [int(np.random.default_rng([seed, key[0] + 1, *key[1:]]).integers(2**62)) for key in keys]
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds], dim=1)
@@ -469,7 +502,9 @@ def open_cache(args, accelerator, pairs, settings, first, last, warn) -> tuple:
     names += ["max_train_samples", "num_eval_pairs", "quantize_base", "timesteps_subset"]
     names += [name for name in vars(args) if name.endswith("_column")]
     settings |= {name: getattr(args, name) for name in names}
+    settings["lora_init"] = settings["lora_init"] if args.reference == "init" else None
     settings |= {"data": [pairs.fingerprint, len(pairs)], "timesteps_per_pair": timesteps_per_pair(args)}
+    settings["pixels"] = "sRGB"  # by their colour profiles
     settings["inversion_steps"] = None if args.objective == "diffusion_dpo" else inversion_steps(args)
     settings = broadcast_object_list([settings])[0]  # `datasets` may tell processes different fingerprints
     first, last = (0, len(pairs) * args.cached_draws) if args.precompute_only else (first, last)
@@ -487,7 +522,7 @@ def open_cache(args, accelerator, pairs, settings, first, last, warn) -> tuple:
 
 
 def fill_cache(accelerator, cache, batches, load, find_targets, note, stop) -> bool:
-    """Computes the targets that this process's share of the cache lacks; returns whether a signal came first."""
+    """Finds the targets that this process's share of the cache lacks; returns whether a signal came first."""
     is_hidden = not batches or not accelerator.is_local_main_process
     for batch in tqdm(load(batch_sampler=batches), total=len(batches), desc="Caching", disable=is_hidden):
         targets = find_targets(batch)
@@ -504,17 +539,15 @@ def not_finite(rows: Sequence[str], usable: torch.Tensor) -> list[tuple[str, str
 
 
 def hold_out(args, accelerator, pairs, training_timesteps, load, find_targets, note) -> "HeldOut":
-    """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band.
-
-    Raises RuntimeError if none can be used.
-    """
+    """Returns the held-out pairs with their targets: this process's share, a timestep in the middle of each band."""
     from accelerate.utils import send_to_device
 
     last, num_bands = len(training_timesteps), min(NUM_BANDS, len(training_timesteps))
     places, size = range(len(pairs))[accelerator.process_index :: accelerator.num_processes], args.train_batch_size
     batches = [[((5, place, 0), place) for place in places[i : i + size]] for i in range(0, len(places), size)]
-    targets = []
-    for batch in load(PreferenceDataset(pairs, args.resolution, num_bands, args.seed), batch_sampler=batches):
+    loader = load(PreferenceDataset(pairs, args.resolution, num_bands, args.seed), batch_sampler=batches)
+    targets, is_hidden = [], not accelerator.is_local_main_process
+    for batch in tqdm(loader, "Held-out pairs", total=len(batches), disable=is_hidden):
         batch["uniforms"] = torch.full_like(batch["uniforms"], 0.5)
         found = find_targets(batch)
         # An unreadable row was replaced by the next, which is held out, too, and would be counted twice.
@@ -615,6 +648,42 @@ def fingerprint(model: str, commit: str | None) -> str:
     return checksum(json.dumps(listing).encode())
 
 
+def find_model(option: str, model: str, revision=None, note=warnings.warn, repo_type="model") -> None:
+    """Raises ValueError if a model is neither here nor on the Hub; without a network, `note` is told, once for all."""
+    if problem := missing_folder(model):
+        raise ValueError(f"{option} {model}: {problem}")
+    if Path(model).exists() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().repo_info(model, revision=revision, repo_type=repo_type, timeout=10)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        reason = missing_folder(model, was_asked_for=True) or f"it is not on the Hub, or private: {one_line(error)}"
+        if isinstance(error, errors.GatedRepoError):
+            reason = "accept its licence on the Hub, and log in with `hf auth login`"
+        raise ValueError(f"{option} {model}: {reason}") from error
+    except Exception as error:  # networks fail in many kinds
+        note(f"the Hub cannot be reached ({one_line(error)}); only what was downloaded before is used")
+        os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+
+
+def load_part(kind, option: str, path: str, warn: Callable[[str], None], **options):
+    """Returns a frozen part of a model, whole and finite, or raises ValueError with the option, part and weight."""
+    name = f"{option} {path}: {options.get('subfolder') or 'the VAE'}"
+    try:
+        part, info = kind.from_pretrained(path, output_loading_info=True, **options)
+    except Exception as error:  # damaged files fail in many kinds
+        hint = ". Does it exist with --variant fp16 only?" if "file named" in str(error) else ""
+        raise ValueError(f"{name} cannot be loaded: {one_line(error)}{hint}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    if unexpected := sorted(info["unexpected_keys"]):
+        warn(f"{name} has {len(unexpected)} weights that are not used, such as {unexpected[0]}")
+    for key, value in part.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name}: {key} is not finite")
+    return part.requires_grad_(False).eval()
+
+
 # 4  LoRA
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
@@ -694,6 +763,8 @@ def read_lora(path: str | Path, denoiser, part: str, cache_dir=None) -> dict[str
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
 
+    if problem := missing_folder(str(path)):
+        raise ValueError(problem)
     try:
         file = Path(path, LORA_FILE) if Path(path).is_dir() else path
         file = file if Path(path).exists() else hf_hub_download(str(path), LORA_FILE, cache_dir=cache_dir)
@@ -797,13 +868,28 @@ class Progress:
     good_steps: int = 0  # that were not skipped, by which the learning rate's schedule goes
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # rows so far, with the reason each
 
+    def advance(self, num_visits: int, is_bad: bool) -> None:
+        self.step, self.visit, self.good_steps = self.step + 1, self.visit + num_visits, self.good_steps + (not is_bad)
 
-def check_launcher(environment: Mapping[str, str]) -> None:
-    """Raises ValueError if accelerate was told to shard the model, see examples/README.md for the reasons."""
+
+PROCESSES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def check_launcher(environment: Mapping[str, str], num_processes: int | None = None) -> None:
+    """Raises ValueError if accelerate was told to shard the model, or has not formed a group of all processes."""
+    if environment.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise ValueError(
+            "fp8, which ACCELERATE_MIXED_PRECISION asks for, is not supported; use --mixed_precision bf16"
+        )
     for name in ("DeepSpeed", "FSDP", "Megatron_LM", "Parallelism_config"):
         if environment.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() not in ("false", "0", "no", "off"):
             raise ValueError(f"{name} is not supported: launch with accelerate's MULTI_GPU (examples/ddp.yaml); for "
                              "memory, see --quantize_base and --offload")  # fmt: skip
+    name = next((name for name in PROCESSES if environment.get(name, "").isdecimal()), None)
+    if num_processes and name and 1 < int(environment[name]) != num_processes:
+        raise ValueError(f"{environment[name]} processes were started ({name}), but accelerate sees {num_processes}: "
+                         "each would train a whole run into --output_dir. Does torch see the GPUs? On CPUs, set "
+                         "ACCELERATE_USE_CPU=true")  # fmt: skip
 
 
 def find_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -859,7 +945,7 @@ def find_checkpoint(output_dir, resume_from_checkpoint, note) -> tuple[Path | No
 
 
 def go_on(checkpoint: Path, before: Progress, progress: Progress, note: Callable[[str], None]) -> Progress:
-    """Returns the progress of a run that goes on from a checkpoint's; options that have changed go to `note`.
+    """Returns the progress of a run that goes on from a checkpoint's; what has changed goes to `note`.
 
     Raises ValueError if another run would come of it: other data, another objective or LoRA, the cache on or off.
     """
@@ -898,10 +984,7 @@ def register_lora_checkpointing(accelerator, denoiser, part: str) -> None:
 
 
 def save_checkpoint(accelerator, output_dir: Path, progress: Progress, total_limit: int | None) -> None:
-    """Writes `checkpoint-<step>` whole or not at all, then removes the oldest beyond `total_limit`.
-
-    A damaged one that is in its way is renamed. Raises RuntimeError, naming the folder, if the disk is full.
-    """
+    """Writes `checkpoint-<step>` whole or not at all, then removes the oldest; a damaged one in its way is renamed."""
     folder = output_dir / f"checkpoint-{progress.step}"
     partial = folder.with_name(f"partial-{folder.name}")
     if accelerator.is_main_process:
@@ -943,10 +1026,7 @@ def check_output_dir(output_dir: str | Path, checkpoint: Path | None, resume_fro
 
 
 def lock_output_dir(output_dir: str | Path):
-    """Returns what keeps a folder to this run as long as it is held; the main process takes it for all.
-
-    Raises ValueError if another run has the folder, or it cannot be written.
-    """
+    """Returns what keeps a folder to this run and its processes; ValueError if it is in use or not writable."""
     if os.environ.get("RANK", "0") != "0":  # as launchers say it
         return None
     try:
@@ -958,6 +1038,14 @@ def lock_output_dir(output_dir: str | Path):
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written: {one_line(error)}") from error
     return lock
+
+
+def stage(line: str) -> None:
+    """Logs what begins, in the main process, also before accelerate has started."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("training").setLevel(logging.INFO)
+        logging.getLogger("training").info(line)
 
 
 @contextlib.contextmanager
@@ -1000,11 +1088,16 @@ def cut_metrics(file: Path, step: int, warn: Callable[[str], None]) -> None:
 
 
 class StopSignal:
-    """Remembers the first SIGTERM or SIGINT, so that the loop can save and stop; a second one acts as it used to."""
+    """Remembers the first signal to end, so that the loop can save and stop; a second one acts as it used to."""
+
+    # Of users, of a closed terminal (unless `nohup` ignores it), and of clusters; Windows has the first two.
+    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    NUMBERS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __init__(self, announce: Callable[[str], None]):
         self.received, self.announce = 0, announce  # the signal's number
-        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in self.NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, self._remember) for number in heard}
 
     def _remember(self, number, frame):
         self.received = number
@@ -1014,13 +1107,27 @@ class StopSignal:
     @staticmethod
     def leave_to_the_main_process(worker: int) -> None:
         """A `worker_init_fn`: a signal may reach a whole group of processes, but workers must outlast the step."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in StopSignal.NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
         """Gives the signals back to whoever handled them before."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+
+def rescue(
+    accelerator, output_dir: Path, progress: Progress, is_between_steps: bool, error: Exception, logger
+) -> None:
+    """Saves a run that an error ends between two steps, if it is of one process, or else names the last checkpoint."""
+    step = progress.step
+    for _ in range(2 if accelerator.num_processes == 1 and is_between_steps and step else 0):
+        with contextlib.suppress(Exception):  # of the disk or the device; or torch names a killed worker a second time
+            if not (output_dir / f"checkpoint-{step}").exists():
+                save_checkpoint(accelerator, output_dir, progress, None)
+    names = [folder.name for folder in find_checkpoints(output_dir)]
+    last = f"go on from {names[-1]} with --resume_from_checkpoint latest" if names else "nothing was saved yet"
+    logger.error(f"the run ended after step {step}: {one_line(error)}; {last}", main_process_only=False)
 
 
 class RunningMeans:
@@ -1120,10 +1227,11 @@ class Validation:
         denoiser.eval()
         try:
             with eager, torch.random.fork_rng(devices), on_device(others, device):
-                columns = [self._sample_all(scale) for scale in self.scales]
+                with tqdm(desc=f"Validation at step {step}", total=len(self.scales) * len(self.prompts)) as bar:
+                    columns = [self._sample_all(scale, bar) for scale in self.scales]
             self.folder.mkdir(exist_ok=True)
-            for file, *samples in zip(files, *columns, strict=True):
-                self._picture(samples).save(file)
+            for file, prompt, *samples in zip(files, self.prompts, *columns, strict=True):
+                self._picture(prompt, samples).save(file)
         except Exception as error:  # out of memory, above all: no reason to lose what was trained
             self.warn(f"no validation pictures at step {step}, training goes on: {one_line(error)}")
             files = []
@@ -1131,31 +1239,35 @@ class Validation:
         clear_device_cache()
         return files
 
-    def _sample_all(self, scale: float) -> list[list[Image.Image]]:
+    def _sample_all(self, scale: float, bar) -> list[list[Image.Image]]:
         """Returns a list of samples for each prompt, with the LoRA at a scale."""
         denoiser = self.denoiser
         if scale == 0 and self._base:
+            bar.update(len(self.prompts))
             return self._base
         try:
             denoiser.set_adapters("default", scale) if scale else denoiser.disable_adapters()
-            samples = [self._sample(prompt) for prompt in self.prompts]
+            samples = [(self._sample(prompt), bar.update())[0] for prompt in self.prompts]
         finally:
             denoiser.set_adapters("default", 1.0) if scale else denoiser.enable_adapters()
         self._base = self._base or (None if scale else samples)
         return samples
 
-    def _picture(self, samples: list[list[Image.Image]]) -> Image.Image:
-        """Returns samples, a list for each scale, side by side, with the scales above them."""
+    def _picture(self, prompt: str, samples: list[list[Image.Image]]) -> Image.Image:
+        """Returns samples, a list for each scale, side by side, with the prompt and the scales above them."""
         from diffusers.utils import make_image_grid
 
         rows = [image for row in zip(*samples, strict=True) for image in row]
         grid = make_image_grid(rows, rows=len(self.seeds), cols=len(self.scales))
         width, text = grid.width // len(self.scales), max(10, grid.width // len(self.scales) // 16)
-        picture = ImageOps.expand(grid, (0, 2 * text, 0, 0), "white")
-        pen, font = ImageDraw.Draw(picture), ImageFont.load_default(text)
+        picture, font = ImageOps.expand(grid, (0, 4 * text, 0, 0), "white"), ImageFont.load_default(text)
+        pen, line = ImageDraw.Draw(picture), printable(prompt)
+        while pen.textlength(line, font) > grid.width and len(line) > 1:
+            line = line.removesuffix("\u2026")[:-1] + "\u2026"
+        pen.text((grid.width / 2, text), line, "black", font, anchor="mm")
         for i, scale in enumerate(self.scales):
             label = f"LoRA {scale:g}" if scale else "base model"
-            pen.text(((i + 0.5) * width, text), label, "black", font, anchor="mm")
+            pen.text(((i + 0.5) * width, 3 * text), label, "black", font, anchor="mm")
         return picture
 
     @torch.no_grad()
@@ -1183,12 +1295,9 @@ def log_pictures(accelerator, files: list[Path], step: int) -> None:
 
 def save_results(
     args, accelerator, denoiser, part, pipeline, prediction_type, progress, pairs, pairs_per_step, validation, repo_id,
-    logger,
+    began, logger,
 ) -> int:  # fmt: skip
-    """Writes what a finished run leaves, and uploads it if asked to; returns the exit code.
-
-    `part` of the `pipeline`, a class of diffusers, is the `denoiser`. Raises RuntimeError if the disk is full.
-    """
+    """Writes what a finished run leaves, and uploads it if asked to; returns the exit code."""
     folder, files = Path(args.output_dir), []
     name, lora = folder.resolve().name, lora_weights(denoiser)
     with writing(folder / LORA_FILE):
@@ -1219,14 +1328,19 @@ def save_results(
     with writing(folder / CONFIG_FILE):
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(model_card(record, name, pictures, repo_id), encoding="utf-8")
+    judge = ["--base", args.pretrained_model_name_or_path, "--lora", str(folder), "--prompts", "everyday"]
+    judge = shlex.join(["python", "examples/judge_lora.py", *judge, "--output_dir", f"{folder}-judged"])
+    kohya = KOHYA_FILE if args.output_kohya_format else "add --output_kohya_format"
+    minutes = (time.monotonic() - began) / 60
+    pictures = folder / VALIDATION_DIR if files else "add --validation_prompts"
+    logger.info(f"Done: {progress.step} steps of {pairs_per_step} pairs; this command took {minutes:.1f} minutes.\n"
+                f"  pictures      {pictures}\n  judge it      {judge}\n"
+                f"  in diffusers  pipe.load_lora_weights({str(folder)!r})\n  in ComfyUI    {kohya}")  # fmt: skip
     return push_to_hub(repo_id, folder, logger) if repo_id else 0
 
 
 def model_card(record: dict[str, Any], name: str, pictures: dict[str, str], repo_id: str | None) -> str:
-    """Returns the model card of a LoRA, in Markdown with the Hub's metadata, from what `training_config.json` holds.
-
-    `name` is the LoRA's, `pictures` are the files of samples by prompt, `repo_id` is its place on the Hub, or None.
-    """
+    """Returns a LoRA's card, by what `training_config.json` holds, its name, pictures by prompt, and id on the Hub."""
     options, base = record["options"], record["options"]["pretrained_model_name_or_path"]
     dataset = options["dataset_name"] or options["train_data_dir"]
     init = options["lora_init"]
@@ -1240,13 +1354,17 @@ def model_card(record: dict[str, Any], name: str, pictures: dict[str, str], repo
         widget=[{"text": prompt, "output": {"url": file}} for prompt, file in pictures.items()] or None,
     )
     columns = ", ".join(f"LoRA {s:g}" if s else "base model" for s in options["validation_lora_scales"])
-    files = f"`{LORA_FILE}` is for diffusers"
+    files = f"`{LORA_FILE}` is for diffusers; other programs read it in part, without a word, or not at all"
     if options["output_kohya_format"]:
-        files += f", `{KOHYA_FILE}`, the same LoRA, for ComfyUI, Forge, AUTOMATIC1111 and sd-scripts"
+        files += (
+            f". `{KOHYA_FILE}`, the same LoRA, is for ComfyUI, Forge, AUTOMATIC1111, sd-scripts, InvokeAI, OneTrainer"
+        )
     prompts = [html.escape(" ".join(prompt.split())) or "(empty prompt)" for prompt in pictures]
     gallery = [f"<p>{p}</p>\n\n![{columns}]({f})\n" for p, f in zip(prompts, pictures.values(), strict=True)]
     fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall("`+", record["command"]))])
     where, newline = base if names[base] == base else f"path/to/{Path(base).name}", "\n"
+    kind = options["prediction_type"]  # which the model's own scheduler does not say
+    kind = f"pipe.scheduler.register_to_config(prediction_type={kind!r})\n" if kind else ""
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -1262,7 +1380,7 @@ applies. {began}{f"The same prompts and seeds, from left to right: {columns}." i
 from diffusers import {record["pipeline"]}
 
 pipe = {record["pipeline"]}.from_pretrained({where!r}).to("cuda")
-pipe.load_lora_weights({repo_id or "path/to/this/folder"!r}, adapter_name="aligned")
+{kind}pipe.load_lora_weights({repo_id or "path/to/this/folder"!r}, adapter_name="aligned")
 pipe.set_adapters("aligned", 1.0)  # a lower scale keeps more of the base model
 ```
 
@@ -1284,10 +1402,7 @@ the pairs did not judge may have drifted, and biases of the pairs and of the bas
 
 
 def create_hub_repo(args: argparse.Namespace) -> str:
-    """Creates a model repository on the Hub, unless it is there, and returns its id.
-
-    Raises ValueError if the Hub refuses, or a private repository was asked for and a public one is there.
-    """
+    """Returns the id of the model repository, which it creates if it is not there; ValueError if the Hub refuses."""
     name, private, api = args.hub_model_id or Path(args.output_dir).resolve().name, args.hub_private_repo, HfApi()
     try:
         repo_id = api.create_repo(name, private=private or None, exist_ok=True).repo_id
@@ -1301,10 +1416,7 @@ def create_hub_repo(args: argparse.Namespace) -> str:
 
 
 def push_to_hub(repo_id: str, folder: Path, logger) -> int:
-    """Uploads the LoRA, its card, pictures and configuration; no checkpoints, no logs. Returns the exit code.
-
-    If that fails, it logs the command that repeats it.
-    """
+    """Uploads the LoRA, its card, pictures and configuration, or logs the command for it; returns the exit code."""
     files = {"repo_id": repo_id, "folder_path": folder, "allow_patterns": list(PUSHED)}
     try:
         HfApi().upload_folder(**files, commit_message="Training finished")

@@ -34,6 +34,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -292,7 +293,7 @@ def train_rival(script, options, step, end_step):
         args, error, accelerator, unet, parameters, None, 0, args.max_train_steps
     )
     policy.train()
-    abar = script.read_configs(args)[0].alphas_cumprod
+    abar = script.read_configs(args, warnings.warn)[0].alphas_cumprod
     models = Models(script, accelerator, text_encoders, vae, policy, abar, weight_dtype)
     for _, batch in zip(range(args.max_train_steps), dataloader, strict=False):
         step(models, batch)
@@ -381,6 +382,7 @@ class Probe:
         for name in CALLS:
             owner = script if hasattr(script, name) else training_utils
             self.replace(owner, name, self._counted(name, self._timed(getattr(owner, name))))
+        self.replace(script, "check_prediction_type", lambda *_: None)  # of no step
         self.replace(Accelerator, "backward", self._timed(Accelerator.backward))
         self.replace(AcceleratedOptimizer, "step", self._timed(AcceleratedOptimizer.step))
         pop = RunningMeans.pop
@@ -454,7 +456,7 @@ def measure(args, method, folder):
     probe = Probe(script, on_step)
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     tokenizers = [tokenizer] * len(family.text_encoders)
-    probe.replace(script, "read_configs", lambda script_args: (scheduler, {}, tokenizers, {"model": "random"}, None))
+    probe.replace(script, "read_configs", lambda *_: (scheduler, {}, tokenizers, {"lora_init": None}, None))
     probe.replace(script, "load_tokenizers", lambda script_args: tokenizers)
     probe.replace(script, "load_encoders", lambda script_args, dtype: make_encoders(family, dtype))
     probe.replace(script, "load_denoiser", lambda script_args, dtype: make_frozen(family.unet, dtype))

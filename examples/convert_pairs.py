@@ -17,6 +17,7 @@ decoded once as a check. Unusable rows are left out and counted by reason; the f
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -31,7 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pair_sources import PairColumns, content_of, is_outside, label_key, open_rows, read_image, to_readable, value_at
 
-from training_options import number, one_line, printable
+from training_options import Parser, missing_folder, number, one_line, printable
 from training_utils import BadRow
 
 
@@ -52,18 +53,16 @@ def protect_negative_numbers(argv):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s (--train_data_dir D | --dataset_name N) --output_dir O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     path, count, share = os.path.expanduser, number(int, least=1), number(float, least=0, most=1)
     # fmt: off
     add = parser.add_argument_group("where the pairs are").add_argument
     add("--dataset_name", type=path, help="data set of the Hub, or whatever else datasets.load_dataset takes")
     add("--dataset_config_name", help="configuration of --dataset_name")
-    add("--dataset_split_name", default="train", help="split to convert")
+    add("--dataset_split_name", default="train", help="split to convert, or a part of it, such as train[:1000]")
     add("--train_data_dir", type=path, help="instead of a name: a folder of parquet or arrow files, of save_to_disk, "
         "of JSONL or CSV with image paths, an image folder with metadata, folders of equal file names; or one file")
     add("--image_root", type=path, help="folder that relative image paths belong to, if not that of the data file")
@@ -124,10 +123,15 @@ def check_args(args, parser):
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if (args.dataset_name is None) == (args.train_data_dir is None):
         error("give the data by either --dataset_name or --train_data_dir")
+    if args.dataset_name and "://" in args.dataset_name:
+        error(f"--dataset_name {args.dataset_name}: not an address; give user/name, as the Hub does above a data set")
+    if problem := args.dataset_name and missing_folder(args.dataset_name):
+        error(f"--dataset_name {args.dataset_name}: {problem}")
     if args.dataset_config_name and not args.dataset_name:
         error("--dataset_config_name goes with --dataset_name; of a local folder, name the configuration's subfolder")
     if args.image_root and not Path(args.image_root).is_dir():
-        error(f"--image_root {args.image_root}: no such folder: {Path(args.image_root).absolute()}")
+        root = Path(args.image_root).absolute()
+        error(f"--image_root {args.image_root}: {missing_folder(str(root)) or 'is not a folder'}")
     couples = [
         {"winner_column", "loser_column"},
         {"score_0_column", "score_1_column"},
@@ -169,6 +173,9 @@ def check_args(args, parser):
     check_output_dir(args.output_dir, error)
 
 
+MAX_CLUSTER = 100  # unusable rows, which often stand together, before their share ends the program early
+
+
 class Report:
     """Counts rows, ties, and unusable rows by reason; names the first ten of these; stops if they are too many."""
 
@@ -182,8 +189,9 @@ class Report:
         self.num_bad, self.last, self.first = self.num_bad + 1, row, self.first or f"{row.name}: {problem}"
         self.reasons[str(problem).partition(": ")[0]] += 1
         if self.num_bad <= 10:
-            tqdm.write(printable(f"left out: {row.name}: {problem}"))
-        self.check(3 * math.sqrt(self.max_bad_fraction * self.num_rows))  # the beginning may by chance have some more
+            with contextlib.suppress(OSError, AttributeError):  # a closed pipe, no console
+                tqdm.write(printable(f"left out: {row.name}: {problem}"))
+        self.check(MAX_CLUSTER if self.max_bad_fraction else 0)
 
     def check(self, tolerance=0):
         if self.num_bad > self.max_bad_fraction * self.num_rows + tolerance:
@@ -213,7 +221,8 @@ def open_image(image, image_root, args, report):
 def pairs_of(row, args, columns, report):
     """Yields (choice, captions, winner, loser) for the usable pairs of a row, images as the bytes of files."""
     try:
-        captions, choices, images = (read(row.values) for read in (columns.captions, columns.choices, columns.images))
+        captions = columns.captions(row.values, row.caption_files)
+        choices, images = columns.choices(row.values), columns.images(row.values)
     except BadRow as problem:
         report.leave_out(row, problem)
         return

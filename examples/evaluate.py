@@ -9,22 +9,45 @@ much sharpness they have lost. The recommended scale is that of most gain within
 and `before_after.png`, pictures at scales 0, 0.5, 1 and the recommended one.
 """
 
-import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import damage
-import numpy as np
 import small_world
-from judge_lora import SEED, compare, sample_scales
-from make_pairs import add_sampling_options, check_options, load_pipeline, sample_pictures
-from PIL import Image, ImageDraw, ImageFont
+from small_world import add_sampling_options
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, missing_folder, number
 
 MAX_DAMAGE = 0.05
 SCALES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the LoRA, fine where damage is small
+
+
+def parse_args(argv=None):
+    path = os.path.expanduser
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=path, required=True, help="Folder of the base pipeline")
+    parser.add_argument("--lora", type=path, required=True, help="Folder with pytorch_lora_weights.safetensors")
+    parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What is to be scored")
+    parser.add_argument(
+        "--output_dir", type=path, required=True, help="Folder for evaluation.json and before_after.png"
+    )
+    parser.add_argument("--num_images", type=number(int, least=1), default=128, help="More: a narrower interval")
+    add_sampling_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args = parse_args()
+
+import damage
+import numpy as np
+from judge_lora import SEED, compare, sample_scales
+from make_pairs import check_options, load_or_end, sample_pictures
+from PIL import Image, ImageDraw, ImageFont
 
 
 def held_out(num_images, seed=0):
@@ -111,30 +134,16 @@ def draw_before_after(rows, captions, title, subtitle, num_columns=10, zoom=2):
     return canvas
 
 
-def parse_args(argv=None):
-    path = os.path.expanduser
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=path, required=True, help="Folder of the base pipeline")
-    parser.add_argument("--lora", type=path, required=True, help="Folder with pytorch_lora_weights.safetensors")
-    parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What is to be scored")
-    parser.add_argument(
-        "--output_dir", type=path, required=True, help="Folder for evaluation.json and before_after.png"
-    )
-    parser.add_argument("--num_images", type=int, default=128, help="More: a narrower interval")
-    add_sampling_options(parser)
-    args = parser.parse_args(argv)
-    check_options(parser, args, "evaluation.json", "num_images")
-    if not (Path(args.lora) / "pytorch_lora_weights.safetensors").is_file():
-        parser.error(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors")
-    return args
-
-
 def main(args):
+    check_options(args, "evaluation.json")
+    if problem := missing_folder(str(Path(args.lora).absolute())):
+        args.error(f"--lora {args.lora}: {problem}")
+    if not (Path(args.lora) / "pytorch_lora_weights.safetensors").is_file():
+        args.error(f"--lora {args.lora}: holds no pytorch_lora_weights.safetensors")
     sampling = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "batch_size")}
-    pipeline, (captions, seeds) = load_pipeline(args.model), held_out(args.num_images, args.seed)
-    pipeline.load_lora_weights(args.lora, adapter_name="judged")
+    pipeline, (captions, seeds) = load_or_end(args), held_out(args.num_images, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        picture = sample_scales(pipeline, SCALES, captions, seeds, folder, sampling)
+        picture = sample_scales(pipeline, SCALES, captions, seeds, folder, sampling, "lora")
         pictures = {scale: [picture(s, i) for i in range(len(captions))] for s, scale in enumerate(SCALES)}
     looks = {scale: look_at([np.asarray(image) for image in images], captions) for scale, images in pictures.items()}
     results = {scale: compare_looks(looks[scale], looks[0.0], args.preference) for scale in SCALES}
@@ -155,7 +164,7 @@ def main(args):
     draw_before_after(rows, captions, title, subtitle if scale else no_scale).save(output_dir / "before_after.png")
     record = {"preference": args.preference, "num_images": args.num_images, "recommended_scale": scale}
     record["scales"] = {f"{scale:g}": result for scale, result in results.items()}
-    (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    (output_dir / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     print(f"scale   {args.preference:>9}     gain   win rate   damage   sharpness   captions obeyed")
     for at, result in results.items():
@@ -168,4 +177,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

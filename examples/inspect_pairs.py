@@ -7,8 +7,8 @@ Takes the data options of the training scripts and reads the pairs as they do. P
 check that the winners are the better ones. Labels of all rows are read, images and captions of a random sample.
 """
 
-import argparse
 import json
+import logging
 import math
 import os
 import sys
@@ -18,22 +18,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pair_files import check_folder
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_options import number, one_line, printable
-from training_utils import LONGEST_CAPTION, BadRow, decode_image, load_pairs
+from training_options import Parser, missing_folder, number, one_line, printable
+from training_utils import LONGEST_CAPTION, BadRow, decode_image, find_model, load_pairs
 
 REPORT_FILE, PICTURE_FILE = "inspection.json", "pairs.png"
 SIDE = 224  # of a shown image
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s (--train_data_dir D | --dataset_name N) --output_dir O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     path, count = os.path.expanduser, number(int, least=1)
     # fmt: off
@@ -66,6 +65,7 @@ def parse_args(argv=None):
         parser.error("give the data by either --dataset_name or --train_data_dir")
     if (args.winner_column is None) != (args.loser_column is None):
         parser.error("--winner_column and --loser_column go together")
+    check_folder(args.output_dir, parser.error)
     if existing := [name for name in (REPORT_FILE, PICTURE_FILE) if (Path(args.output_dir) / name).exists()]:
         parser.error(f"--output_dir {args.output_dir}: already holds {existing[0]}; give another folder or remove it")
     return args, parser.error
@@ -76,13 +76,17 @@ def load_tokenizers(model, revision=None):
     from diffusers import DiffusionPipeline
     from transformers import AutoTokenizer
 
+    option = "--pretrained_model_name_or_path"
+    find_model(option, model, revision, logging.getLogger(__name__).warning)
     try:
-        parts = [name for name in DiffusionPipeline.load_config(model, revision=revision) if "tokenizer" in name]
+        config = DiffusionPipeline.load_config(model, revision=revision)
+        parts = [name for name in config if "tokenizer" in name and config[name][0]]  # SDXL's refiner lacks the first
         if not parts:
             raise ValueError("a pipeline without a tokenizer")
         return [AutoTokenizer.from_pretrained(model, subfolder=part, revision=revision) for part in parts]
     except (OSError, ValueError) as problem:
-        raise ValueError(f"--pretrained_model_name_or_path {model}: {one_line(problem)}") from problem
+        missing = missing_folder(model, was_asked_for=True)
+        raise ValueError(f"{option} {model}: {missing or one_line(problem)}") from problem
 
 
 class Look(NamedTuple):
@@ -210,7 +214,7 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        (output_dir / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draw_contact_sheet(shown).save(output_dir / PICTURE_FILE)
     except OSError as problem:
         error(f"--output_dir {args.output_dir}: {one_line(problem)}")

@@ -18,7 +18,6 @@ backwards) at the inversion's nodes, one model call each, with the same prompt a
 from x_t and the implied noise in one step would prove nothing: it is exact by construction, whatever the model.
 """
 
-import argparse
 import logging
 import math
 import os
@@ -39,55 +38,61 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
+from make_pairs import check_model, load_pipeline
+from pair_files import check_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inversion_utils import PREDICTION_TYPES, inversion_nodes, invert, noise_from_model_output
-from training_options import number, one_line, printable
+from training_options import Parser, number, one_line, printable
 from training_utils import BadRow, decode_image, encode_images, resize_and_crop
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 OUTPUTS = ("comparison.png", "reconstruction.png", "noise.png", "noise.safetensors")
 
 
-def read_model(model, resolution):
+def read_model(model, resolution, variant=None):
     """Returns the noise scheduler and the resolution of a pipeline, from its configurations alone.
 
     Args:
         model: a Hub id or a folder.
         resolution: pixels per side, or None for the model's own.
+        variant: of the files of weights, such as "fp16".
 
     Raises:
         ValueError: if the pipeline cannot be inverted here, or not at this resolution.
     """
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"--model {model}: not a saved pipeline (no model_index.json in it)")
-    try:
-        pipeline = DiffusionPipeline.load_config(model)["_class_name"]
-        if pipeline not in PIPELINES:
-            raise ValueError(f"it is a {pipeline}; supported are {' and '.join(PIPELINES)}")
-        schedule = DDPMScheduler.load_config(model, subfolder="scheduler")
-        unet = UNet2DConditionModel.load_config(model, subfolder="unet")
-        vae = AutoencoderKL.load_config(model, subfolder="vae")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model {model}: {one_line(error)}") from error
+    check_model("--model", model, variant=variant)
+    pipeline = DiffusionPipeline.load_config(model)["_class_name"]
+    if pipeline not in PIPELINES:
+        raise ValueError(f"--model {model}: it is a {pipeline}; supported are {' and '.join(PIPELINES)}")
+    configs = {}
+    for part, kind in (("scheduler", DDPMScheduler), ("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        try:
+            configs[part] = kind.load_config(model, subfolder=part)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {model}: its {part} cannot be used: {one_line(error)}") from error
+    schedule, unet, vae = configs.values()
+    if (kind := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+        raise ValueError(f"--model {model}: its vae is an {kind}; supported is AutoencoderKL")
     noise_scheduler = DDPMScheduler.from_config(schedule)
     prediction_type = noise_scheduler.config.prediction_type
     if "beta_start" not in schedule or prediction_type not in PREDICTION_TYPES:
         kind = f"predicts {prediction_type!r}" if "beta_start" in schedule else "has no schedule of betas"
         raise ValueError(f"--model {model}: its scheduler {kind}; supported are {' and '.join(PREDICTION_TYPES)}")
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    if not resolution and not isinstance(unet.get("sample_size"), int):
+        raise ValueError(f"--model {model}: its unet names no size; give --resolution")
     resolution = resolution or unet["sample_size"] * factor
     if resolution % factor:
         raise ValueError(f"--resolution is {resolution}; allowed: multiples of {factor}, the VAE's factor")
     return noise_scheduler, resolution
 
 
-def load_pipeline(model):
+def load_without_checker(model, variant=None):
     """Returns the pipeline in float32, on the GPU if there is one, without SD 1.x's safety checker."""
     is_xl = DiffusionPipeline.load_config(model)["_class_name"] == "StableDiffusionXLPipeline"
     unused = {} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, **unused)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(model, variant=variant, **unused)
 
 
 @torch.no_grad()
@@ -174,15 +179,15 @@ def draw_comparison(panels, heading):
 
 def parse_args(argv=None):
     path = os.path.expanduser
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s --model M --image I --output_dir O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     count = number(int, least=1)
     # fmt: off
     add = parser.add_argument
     add("--model", type=path, required=True, help="Stable Diffusion 1.x, 2.x or SDXL pipeline: a Hub id or a folder")
+    add("--variant", help="variant of the model's files, such as fp16")
     add("--image", type=path, required=True, help="picture to invert; its central square is used")
     add("--prompt", default="", help="what the picture shows; the model is told so on both ways")
     add("--output_dir", type=path, required=True, help="folder for " + ", ".join(OUTPUTS))
@@ -196,6 +201,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args, error = parse_args(argv)
     output_dir = Path(args.output_dir)
+    check_folder(output_dir, error)
     for name in OUTPUTS:
         if (output_dir / name).exists():
             error(f"--output_dir {args.output_dir}: already holds {name}; give another folder or remove it")
@@ -203,7 +209,7 @@ def main(argv=None):
         error(f"--image {args.image}: no such file")
     try:
         image = decode_image(Path(args.image).read_bytes())
-        noise_scheduler, resolution = read_model(args.model, args.resolution)
+        noise_scheduler, resolution = read_model(args.model, args.resolution, args.variant)
     except BadRow as problem:
         error(f"--image {args.image}: {one_line(problem)}")
     except ValueError as problem:
@@ -215,10 +221,12 @@ def main(argv=None):
         error(f"--timestep is {timestep}; allowed: 0 to {last}, the last timestep that has signal")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        pipeline = load_without_checker(args.model, args.variant)
     except OSError as problem:
         error(f"--output_dir {args.output_dir}: {one_line(problem)}")
+    except ValueError as problem:
+        error(printable(str(problem)))
 
-    pipeline = load_pipeline(args.model)
     predict = noise_predictor(pipeline, noise_scheduler, args.prompt, resolution)
     pixels, _ = resize_and_crop(image, resolution, (0.5, 0.5), flip=False)
     latents = encode_images(pipeline.vae, pixels[None], batch_size=1)

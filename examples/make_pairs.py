@@ -11,51 +11,171 @@ well. So some pairs are left out, until winners and losers are alike on average 
 sharpness winners stay a little ahead: training softens edges, whatever is preferred, and such pairs make up for it.
 """
 
-import argparse
 import io
 import logging
 import os
+import re
+import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import small_world
-import torch
-from PIL import Image
+from small_world import add_sampling_options
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
-from diffusers import DiffusionPipeline
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, missing_folder, number, one_line, printable
 
-SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 16}  # defaults of options and functions
 TIE_MARGIN = 0.01
 SHARPER_WINNERS = 0.25  # standard deviations
 
 
-def add_sampling_options(parser):
-    parser.add_argument("--num_inference_steps", type=int, help="Sampler steps; more costs time")
-    parser.add_argument("--guidance_scale", type=float, help="Above 1: obeys captions more, varies less")
-    parser.add_argument("--batch_size", type=int, help="Pictures sampled at a time")
-    parser.set_defaults(**SAMPLING)
-    parser.add_argument("--seed", type=int, default=0)
+def parse_args(argv=None):
+    path = os.path.expanduser
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=path, required=True, help="Folder of the pipeline to sample from")
+    parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
+    parser.add_argument("--output_dir", type=path, required=True, help="Folder for train.parquet")
+    parser.add_argument("--num_pairs", type=number(int, least=1), default=256)
+    parser.add_argument(
+        "--tie_margin", type=float, default=TIE_MARGIN, help="Scores closer than this are labelled a tie"
+    )
+    add_sampling_options(parser)
+    return parser.parse_args(argv)
 
 
-def check_options(parser, args, new_file, *counts):
-    """Ends the program with one line if the model or a count is unusable, or if `new_file` is there already."""
-    for name in (*counts, "num_inference_steps", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not (Path(args.model) / "model_index.json").is_file():
-        parser.error(f"--model {args.model}: not a saved pipeline (no model_index.json in it)")
+if __name__ == "__main__":  # before the imports that take seconds
+    args = parse_args()
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from convert_lora import check_kind, find_file, read_weights
+from pair_files import check_folder
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from small_world import SAMPLING
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
+
+import diffusers
+import transformers
+from diffusers import DiffusionPipeline
+from peft.tuners.lora import LoraLayer
+
+from training_utils import find_model, only_variant
+
+for library in (diffusers.utils, transformers):  # which tell of each part as it loads, and what a LoRA leaves alone
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+
+
+def check_options(args, new_file):
+    """Ends the program with one line if the model is unusable, or if `new_file` is there already."""
+    try:
+        check_model("--model", str(Path(args.model).absolute()))
+    except ValueError as problem:
+        args.error(printable(str(problem)))
+    check_folder(args.output_dir, args.error)
     if (Path(args.output_dir) / new_file).exists():
-        parser.error(f"--output_dir {args.output_dir}: already holds {new_file}; give another folder or remove it")
+        args.error(f"--output_dir {args.output_dir}: already holds {new_file}; give another folder or remove it")
 
 
-def load_pipeline(model):
-    """The pipeline of the folder, of the class that its model_index.json names: Stable Diffusion or SDXL."""
-    pipeline = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+def check_model(option, model, lora_option=None, lora=None, variant=None):
+    """Raises ValueError if a pipeline, a part of it or its LoRA is not there; loads no weights."""
+    for name, value in ((option, model), (lora_option, lora)):
+        if value:
+            find_model(name, str(value), None, logging.getLogger(__name__).warning)
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise ValueError(f"{option} {model}: not a saved pipeline (no model_index.json in it)")
+    if Path(model).is_file():
+        raise ValueError(f"{option} {model}: is a single file; make a folder of it by from_single_file of diffusers")
+    try:
+        config = DiffusionPipeline.load_config(str(model))
+    except (OSError, ValueError) as error:
+        raise not_loaded(option, model, error) from error
+    if Path(model).is_dir():
+        parts = {name for name, kind in config.items() if isinstance(kind, list) and kind[0]}
+        for part in sorted(parts - {"safety_checker", "feature_extractor", "image_encoder"}):  # one can do without
+            if problem := fault_of_part(Path(model, part), variant):
+                raise ValueError(f"{option} {model}: its {part} {problem}")
+    if lora and Path(lora).is_dir() and not any(Path(lora).glob("*.safetensors")):
+        raise ValueError(f"{lora_option} {lora}: holds no .safetensors file")
+
+
+def not_loaded(option, value, error, hint=""):
+    """Returns the ValueError for what an option names: no such folder, if it may have been one, or the error."""
+    missing = missing_folder(str(value), was_asked_for=True)
+    return ValueError(f"{option} {value}: {missing or one_line(error) + hint}")
+
+
+def fault_of_part(folder, variant):
+    """Returns what is wrong with the folder of a pipeline's part, as far as no weights need to be loaded; or ""."""
+    if not folder.is_dir():
+        return f"is missing: no such folder: {folder}"
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"is damaged: {file.name}: {one_line(error)}"
+    if (folder / "config.json").is_file() and not {*folder.glob("*.safetensors"), *folder.glob("*.bin")}:
+        return f"has no weights in {folder}"
+    if not variant and (only := only_variant(folder)):
+        return f"holds one variant of its weights only; try --variant {only}"
+    return ""
+
+
+def load_pipeline(model, option="--model", dtype=torch.float32, prediction_type=None, **options):
+    """Returns a pipeline, on the GPU if there is one; raises ValueError if it cannot be loaded.
+
+    `prediction_type` says what the model predicts, where its scheduler is wrong.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **options)
+    except Exception as error:  # diffusers, transformers and safetensors fail in many kinds
+        has_hint = "file named" in str(error) and not options.get("variant") and not Path(model).is_dir()
+        hint = " Does it exist with --variant fp16 only?" if has_hint else ""
+        raise not_loaded(option, model, error, hint) from error
+    if prediction_type:
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_lora(pipeline, lora, option="--lora", adapter="lora"):
+    """Loads a LoRA, a file, a folder or a Hub id, into a pipeline as an adapter, and says how many modules it has.
+
+    Raises ValueError unless all of them fit the model: diffusers leaves out the others, or all, without an error.
+    """
+    unet = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    try:
+        file = find_file(lora, None)
+        if unet:
+            check_kind(*read_weights(file), pipeline.unet.config)
+        state = pipeline.lora_state_dict(str(file), **unet)
+        state = state[0] if isinstance(state, tuple) else state  # with alphas
+        pipeline.load_lora_weights(str(file), adapter_name=adapter)
+    except Exception as error:  # damaged, missing and foreign files fail in many kinds
+        raise not_loaded(option, lora, error) from error
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
+    loaded = sum(adapter in layer.scaling for layer in layers)
+    count = sum(bool(re.search(r"\.lora_B\.|[._]up\.weight$", name)) for name in state)
+    if loaded != count or not count:
+        hint = "; examples/convert_lora.py reads other formats" if unet else ""
+        raise ValueError(f"{option} {lora}: of its {count} modules {loaded} fit the model{hint}")
+    print(f"{option} {lora}: {count} modules, all of which fit the model", flush=True)
+
+
+def load_or_end(args):
+    """Returns the pipeline of `--model`, with `--lora` if there is one; ends the program with one line if it cannot."""
+    try:
+        pipeline = load_pipeline(args.model)
+        if "lora" in args:
+            load_lora(pipeline, args.lora)
+    except ValueError as problem:
+        args.error(printable(str(problem)))
+    return pipeline
 
 
 def sample_pictures(
@@ -111,22 +231,6 @@ def encode_png(picture):
     return file.getvalue()
 
 
-def parse_args(argv=None):
-    path = os.path.expanduser
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=path, required=True, help="Folder of the pipeline to sample from")
-    parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
-    parser.add_argument("--output_dir", type=path, required=True, help="Folder for train.parquet")
-    parser.add_argument("--num_pairs", type=int, default=256)
-    parser.add_argument(
-        "--tie_margin", type=float, default=TIE_MARGIN, help="Scores closer than this are labelled a tie"
-    )
-    add_sampling_options(parser)
-    args = parser.parse_args(argv)
-    check_options(parser, args, "train.parquet", "num_pairs")
-    return args
-
-
 def sample_candidates(pipeline, num_pairs, seed, **sampling):
     """Captions of N pairs, and their pictures, uint8 (2N, H, W, 3): all first images, then all second images."""
     captions = [small_world.TRAINING_CAPTIONS[i % len(small_world.TRAINING_CAPTIONS)] for i in range(num_pairs)]
@@ -166,10 +270,11 @@ def write_pairs(path, captions, pictures, preference, tie_margin=TIE_MARGIN):
 
 
 def main(args):
+    check_options(args, "train.parquet")
     sampling = {name: getattr(args, name) for name in SAMPLING}
-    captions, pictures = sample_candidates(load_pipeline(args.model), args.num_pairs, args.seed, **sampling)
+    captions, pictures = sample_candidates(load_or_end(args), args.num_pairs, args.seed, **sampling)
     write_pairs(Path(args.output_dir) / "train.parquet", captions, pictures, args.preference, args.tie_margin)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(args)

@@ -1,4 +1,4 @@
-"""Write preference pairs as the training scripts read them by default: what convert_pairs and sample_pairs share."""
+"""Write preference pairs as the training scripts read them by default, and check the folders that tools write to."""
 
 import os
 import tempfile
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, List, Value
 
 ROW_GROUP_BYTES = 32 * 2**20  # of images, which wait in memory
 
@@ -17,9 +16,16 @@ def check_output_dir(output_dir, error):
     output_dir = Path(output_dir)
     if any(output_dir.rglob("*.parquet")):
         error(f"--output_dir {output_dir}: already holds parquet files; give another folder or remove them")
-    existing = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.exists())
+    check_folder(output_dir, error)
+
+
+def check_folder(output_dir, error):
+    """Ends the program by `error` if the folder cannot be written to, before any work is done; does not make it."""
+    folder = Path(output_dir).absolute()
+    existing = next(folder for folder in (folder, *folder.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        error(f"--output_dir {output_dir}: {existing} is no folder that can be written to")
+        problem = "cannot be written to" if existing.is_dir() else "is a file"
+        error(f"--output_dir {output_dir}: {existing} {problem}")
 
 
 class PairWriter:
@@ -39,6 +45,8 @@ class PairWriter:
     """
 
     def __init__(self, output_dir, seed, has_captions=False, has_strength=False, max_file_bytes=500e6):
+        from datasets import Features, Image, List, Value
+
         self.output_dir, self.max_file_bytes = Path(output_dir), max_file_bytes
         self.rng = np.random.default_rng(seed)
         features = {"jpg_0": Image(), "jpg_1": Image(), "label_0": Value("float64"), "caption": Value("string")}

@@ -22,6 +22,7 @@ import stat
 import string
 import sys
 import threading
+import unicodedata
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from training_options import one_line
-from training_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within
+from training_options import missing_folder, one_line
+from training_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within, load_saved
 
 # 1  Rows
 
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     name: str
     image_root: Path
     values: dict[str, Any]
+    caption_files: str = ""  # where its caption is from or was looked for, for messages
 
 
 class Rows(NamedTuple):
@@ -54,6 +56,7 @@ class Rows(NamedTuple):
     rows: Iterator[Row]
     features: dict[str, Any]
     sources: list[str]  # what is read, for a report
+    folder: Path | None = None  # what else is in it, a message can tell
 
     @classmethod
     def of(cls, rows: Iterable[Row], features: dict[str, Any], sources: Sequence[Any]) -> "Rows":
@@ -84,7 +87,7 @@ def open_rows(args, columns: "PairColumns") -> Rows:
             raise ValueError(f"{option}: cannot be read beyond {name}: {one_line(error)}") from error
 
     try:
-        rows = _find_rows(args, columns)
+        rows = _find_slices(args, columns)
         if not rows.head:
             raise ValueError("there are no rows")
     except Exception as error:  # `datasets` raises a dozen kinds, its own and those of pyarrow, fsspec and the Hub
@@ -94,44 +97,86 @@ def open_rows(args, columns: "PairColumns") -> Rows:
     return rows._replace(rows=read_on(rows.rows))
 
 
-def _find_rows(args, columns: "PairColumns") -> Rows:
-    from datasets import disable_progress_bars, load_dataset, load_from_disk
+def _find_slices(args, columns: "PairColumns") -> Rows:
+    """Returns the rows of a split, or of slices and sums of splits as `datasets` spells them: train[:10%]+test."""
+    from datasets import ReadInstruction
+
+    spec, paths = args.dataset_split_name, [path for _, path in columns.columns]
+    if not set(spec) & set("[+("):
+        return _find_rows(args, spec, columns.image_columns, paths)
+    instruction, lengths = ReadInstruction.from_spec(spec), {}
+    for name in (re.match(r"\s*([\w.]+)", part)[1] for part in spec.split("+")):
+        lengths[name] = sys.maxsize  # which shares, and places from the end, cannot do with: they read the rows twice
+        if re.search(r"%|[\[:]-", spec):
+            lengths[name] = sum(1 for _ in _find_rows(args, name, columns.image_columns, paths[-1:]).rows)
+    parts = instruction.to_absolute(lengths)
+    found = [_find_rows(args, part.splitname, columns.image_columns, paths) for part in parts]
+    rows = (itertools.islice(rows.rows, part.from_, part.to) for rows, part in zip(found, parts, strict=True))
+    sources = dict.fromkeys(source for rows in found for source in rows.sources)
+    return Rows.of(itertools.chain.from_iterable(rows), found[0].features, list(sources))
+
+
+def _find_rows(args, split: str, image_columns: Sequence[str], paths: Sequence[str]) -> Rows:
+    from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    split, path = args.dataset_split_name, Path(args.train_data_dir or args.dataset_name)
-    image_columns, paths = columns.image_columns, [path for _, path in columns.columns]
+    path = _existing(args.train_data_dir or args.dataset_name, ".")
     if args.dataset_name:
         dataset = load_dataset(
             args.dataset_name, args.dataset_config_name, split=split, cache_dir=args.cache_dir,
             streaming=args.streaming or path.exists(),
         )  # fmt: skip
         return _rows_of_dataset(dataset, args.image_root or path, paths, args.dataset_name)
-    if not path.exists():
-        raise FileNotFoundError(f"no such folder or file: {path.absolute()}")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        path = path if (path / "state.json").exists() else path / split
-        return _rows_of_dataset(load_from_disk(path), args.image_root or path, paths, path)
-    has_folders = all((path / column).is_dir() for column in image_columns)
+        return _rows_of_dataset(load_saved(str(path), split), args.image_root or path, paths, path)
+    if problem := missing_folder(str(path.absolute())):
+        raise FileNotFoundError(problem)
+    folders = [_existing(column, path) for column in image_columns]
+    has_folders = all(folder.is_dir() for folder in folders)
     try:
         rows = _rows_of_files(find_data_files(path, split), args.image_root, paths)
         if not has_folders or all(column_of(column, rows.names) for column in image_columns):
-            return rows
+            return rows._replace(folder=path if path.is_dir() else path.parent)
+    except FileNotFoundError as error:
+        if not has_folders:
+            wanted = " and ".join(image_columns)
+            raise FileNotFoundError(f"{error}, and no sub-folders {wanted}; {contents_of(path)}") from None
     except Exception:
         if not has_folders:
             raise
-    return rows_of_folders(path, image_columns, args.caption_column)  # files, if any, have the captions only
+    if split != "train":
+        raise ValueError("folders of images are one split, 'train'")
+    # files, if any, have the captions only
+    return rows_of_folders(path, dict(zip(image_columns, folders, strict=True)), args.caption_column)
 
 
 def _rows_of_dataset(dataset, image_root: Path | str, paths: Sequence[str], source: Path | str) -> Rows:
     from datasets import Dataset
 
-    dataset = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
+    dataset = dataset.with_format(None).to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
     features = {}
     if dataset.features is not None:
         features = dataset.features.to_dict()
         dataset = dataset.decode(False).select_columns(_columns_of(paths, list(dataset.features)))
     rows = (Row(f"row {i}", Path(image_root), values) for i, values in enumerate(dataset))
     return Rows.of(rows, features, [source])
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """Returns the names of a folder's sub-folders that hold data as far as their names tell."""
+    return sorted(file.name for file in folder.iterdir() if file.is_dir() and not is_hidden(Path(file.name, "x")))
+
+
+def contents_of(folder: Path) -> str:
+    """Returns which sub-folders and kinds of files a folder holds, for messages; each kind with its first file."""
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    by_kind = {}
+    for file in (file for file in files if not is_hidden(file)):
+        by_kind.setdefault(file.suffix.lower() or "without ending", []).append(str(file))
+    kinds = sorted(by_kind.items(), key=lambda item: -len(item[1]))[:5]
+    found = [f"sub-folders {', '.join(names[:10])}"] if (names := sub_folders(folder)) else []
+    found += [f"files {', '.join(f'{names[0]} ({len(names)} {kind})' for kind, names in kinds)}"] if kinds else []
+    return f"it has {' and '.join(found)}" if found else "it is empty"
 
 
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval", "validation_unique", "test_unique")
@@ -184,9 +229,16 @@ def suffix_of(file: Path) -> str:
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
+LEFT_BEHIND = {  # by storage devices, Windows and checks of a disk
+    "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+    "system volume information", "lost+found", "found.000",
+}  # fmt: skip
+
+
 def is_hidden(path: Path) -> bool:
-    """Whether a relative path is hidden, as caches are, and what file managers leave behind."""
-    return any(part.startswith((".", "__")) for part in path.parts)
+    """Whether a relative path is hidden, as caches are, or in a folder that systems and file managers leave behind."""
+    is_special = any(part.startswith("__") or part.lower() in LEFT_BEHIND for part in path.parts[:-1])
+    return is_special or any(part.startswith(".") for part in path.parts)
 
 
 def _open(file: Path):
@@ -243,7 +295,10 @@ def _read_json(file: Path, _: Sequence[str] = ()) -> tuple[None, Iterator[dict[s
 
 def _read_csv(file: Path, _: Sequence[str]) -> tuple[None, Iterator[dict[str, Any]]]:
     csv.field_size_limit(sys.maxsize)  # base64
-    rows = csv.DictReader(io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline=""))
+    text = io.TextIOWrapper(_open(file), encoding="utf-8-sig", newline="")
+    header = text.readline()  # spreadsheets separate by semicolons or tabs, too
+    text.seek(0)
+    rows = csv.DictReader(text, delimiter=max(",;\t", key=header.count))
     missing = (None, "", "nan", "NaN")
     return None, ({k: None if v in missing else v for k, v in row.items() if k is not None} for row in rows)
 
@@ -251,6 +306,13 @@ def _read_csv(file: Path, _: Sequence[str]) -> tuple[None, Iterator[dict[str, An
 READERS = {
     ".parquet": _read_parquet, ".arrow": _read_arrow, ".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv,
 }  # fmt: skip
+
+
+def reason_of(error: Exception) -> str:
+    """Returns an error's message on one line; where text is not UTF-8, what to do about it."""
+    if isinstance(error, UnicodeDecodeError):
+        return "not UTF-8 text, but perhaps Latin-1 or UTF-16; save it as UTF-8"
+    return one_line(error)
 
 
 def _rows_of_files(files: list[Path], image_root: str | None, paths: Sequence[str]) -> Rows:
@@ -262,7 +324,7 @@ def _rows_of_files(files: list[Path], image_root: str | None, paths: Sequence[st
                 row = _with_columns_of_metadata(row) if is_metadata else row
                 yield Row(f"{file.name}, row {i}", Path(image_root or file.parent), row)
         except Exception as error:
-            raise ValueError(f"{file}: {one_line(error)}") from error
+            raise ValueError(f"{file}: {reason_of(error)}") from error
 
     rows = Rows.of(itertools.chain.from_iterable(map(read, files)), {}, files)
     schema = READERS[suffix_of(files[0])](files[0], paths)[0]
@@ -286,60 +348,85 @@ def _with_columns_of_metadata(value: Any) -> Any:
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 
 
-def rows_of_folders(folder: Path, image_columns: Sequence[str], caption_column: str) -> Rows:
-    """Returns a row for every file name below the subfolders `image_columns`, with an image's path in each column.
+CAPTION_SUFFIXES = (".txt", ".caption")
 
-    Names are compared without their suffix. A row's caption is in a .txt file of the same name, beside one of the
-    images or in the folder itself, or in a JSONL file of the folder, whose rows have a `file_name` and any further
-    columns.
+
+def rows_of_folders(folder: Path, folders: dict[str, Path], caption_column: str) -> Rows:
+    """Returns a row for every file name below the subfolders `folders`, with an image's path in each of their columns.
+
+    Names are compared without their suffix. A row's caption is in a .txt or .caption file of the same name, beside one
+    of the images or in the folder itself, or in a JSONL file of the folder, whose rows have a `file_name` and any
+    further columns.
 
     Raises:
         ValueError: if a name occurs twice in a subfolder, or no name in all of them.
     """
-    images = {column: _files_by_name(folder / column) for column in image_columns}
+    images = {column: _images_by_name(place) for column, place in folders.items()}
     names = sorted(set().union(*images.values()))
     if not set.intersection(*map(set, images.values())):
-        begins = ", ".join(f"{column}/{min(files, default='(no image)')}" for column, files in images.items())
-        raise ValueError(f"no image has the same name in all of the folders, which begin with {begins}")
+        begins = [f"{column}/{min(files)}" for column, files in images.items() if files]
+        begins += [f"{column} (no image; {contents_of(folders[column])})" for column in images if not images[column]]
+        raise ValueError(f"no image has the same name in all of the folders, which begin with {', '.join(begins)}")
     known = {}
-    for file in sorted(file for file in folder.glob("*.jsonl") if not is_hidden(Path(file.name))):
+    for file in sorted(
+        file for file in folder.iterdir() if suffix_of(file) == ".jsonl" and not is_hidden(Path(file.name))
+    ):
         try:
-            known |= {_stem(str(row["file_name"]), image_columns): row for row in _read_json(file)[1]}
+            known |= {_stem(str(row["file_name"]), folders): row for row in _read_json(file)[1]}
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{file} has a line that is no row with a file_name: {one_line(error)}") from error
+            raise ValueError(f"{file} has a line that is no row with a file_name: {reason_of(error)}") from error
     if known and not known.keys() & set(names):
         raise ValueError(f"no file_name of the JSONL is that of an image: {min(known)} is none of {names[0]}, ...")
+    captions = [_captions_by_name(place) for place in (*folders.values(), folder)]
+    more = "" if known or any(files.keys() & set(names) for files in captions) else f"; {contents_of(folder)}"
 
     def read():
         for name in names:
             row = {**known.get(name, {}), **{column: files.get(name) for column, files in images.items()}}
-            for text in (folder / place / f"{name}.txt" for place in (*image_columns, ".")):
-                if caption_column not in row and text.is_file():
-                    # What is not UTF-8 is kept as halves of characters, which `captions` refuses, for this row only.
-                    row[caption_column] = text.read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
-            yield Row(name, folder, {caption_column: None, **row})
+            file = next((files[name] for files in captions if name in files), None)
+            beside = ", ".join(f"{column}/{name}.txt" for column in folders)
+            sought = f"neither {beside} nor {name}.txt in {folder}{more}"
+            if caption_column not in row and file:
+                # What is not UTF-8 is kept as halves of characters, which `captions` refuses, for this row only.
+                row[caption_column] = file.read_text(encoding="utf-8-sig", errors="surrogateescape").strip()
+            yield Row(name, folder, {caption_column: None, **row}, str(file or sought))
 
-    return Rows.of(read(), {}, [folder / column for column in image_columns])
+    return Rows.of(read(), {}, list(folders.values()))
 
 
-def _stem(name: str, image_columns: Sequence[str] = ()) -> str:
-    """Returns an image's relative path without the suffix, and without the column's folder if it begins with one."""
-    path = Path(name)
-    if len(path.parts) > 1 and path.parts[0] in image_columns:
+def _stem(name: str, image_columns: Iterable[str] = ()) -> str:
+    """Returns an image's relative path without the suffix, and without the column's folder if it begins with one.
+
+    Names from Windows and macOS, with backslashes and with accents as characters of their own, are the same names.
+    """
+    path = Path(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    if len(path.parts) > 1 and path.parts[0] in [unicodedata.normalize("NFC", column) for column in image_columns]:
         path = path.relative_to(path.parts[0])
     return str(path.with_suffix("") if path.suffix.lower() in IMAGE_SUFFIXES else path)
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
+def _files_below(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """Returns the files below a folder with these suffixes, relative to it and in order; hidden ones are left out."""
+    files = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.suffix.lower() in suffixes)
+    return [file for file in files if not is_hidden(file)]
+
+
+def _images_by_name(folder: Path) -> dict[str, str]:
     """Returns the absolute paths of a folder's images by their name below it, without suffix."""
     files = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file.relative_to(folder)):
-            name = _stem(str(file.relative_to(folder)))
-            if name in files:
-                raise ValueError(f"{files[name]} and {file} have the same name except for the suffix")
-            files[name] = str(file.absolute())
+    for file in _files_below(folder, IMAGE_SUFFIXES):
+        name = _stem(str(file))
+        if name in files:
+            raise ValueError(f"{files[name]} and {folder / file} have the same name except for the suffix")
+        files[name] = str((folder / file).absolute())
     return files
+
+
+def _captions_by_name(folder: Path) -> dict[str, Path]:
+    """Returns a folder's texts by the name of their image, of which they may keep the suffix: a.txt or a.png.txt."""
+    files = [file for file in _files_below(folder, CAPTION_SUFFIXES) if (folder / file).is_file()]
+    files.sort(key=lambda file: CAPTION_SUFFIXES.index(file.suffix.lower()), reverse=True)
+    return {_stem(str(file.with_suffix(""))): folder / file for file in files}  # .txt before .caption
 
 
 # 2  Pairs
@@ -359,7 +446,7 @@ LABEL_MEANINGS = {"0.0": 0.0, "0.5": 0.5, "1.0": 1.0, "false": 0.0, "true": 1.0}
 
 def label_key(label: Any) -> str:
     """Returns a label as `--label_map` is looked up: text without case, numbers whatever their type."""
-    text = str(label).strip().lower()
+    text = unicodedata.normalize("NFC", str(label)).strip().lower()
     try:
         return str(float(text) + 0.0)  # which is 0.0 for -0.0
     except ValueError:
@@ -400,7 +487,9 @@ class PairColumns:
         """Raises ValueError if the rows lack a column; notes the names of labels that are stored as numbers."""
         for option, path in self.columns:
             if column_of(path, rows.names) is None:
-                raise ValueError(f"{option} {path}: the data has no such column, only {', '.join(rows.names)}")
+                names = sub_folders(rows.folder) if rows.folder and path in self.image_columns else []
+                more = f"; nor is it one of the sub-folders {', '.join(names[:10])}" if names else ""
+                raise ValueError(f"{option} {path}: the data has no such column, only {', '.join(rows.names)}{more}")
             if all(value_at(row.values, path, nothing=row) is row for row in rows.head):
                 raise ValueError(f"{option} {path}: {column_of(path, rows.names)} has no such field")
         feature = value_at(rows.features, self.args.label_column) if self.shape == "labels" else None
@@ -450,7 +539,8 @@ class PairColumns:
         if self.label_names and isinstance(label, int) and 0 <= label < len(self.label_names):
             label = self.label_names[label]
         if (key := label_key(label)) not in self.meanings:
-            known = "none of 0, 0.5, 1" if self.args.label_map is None else "not named by --label_map"
+            known = "none of 0, 0.5, 1; say what it means by --label_map, such as left=1 right=0"
+            known = known if self.args.label_map is None else "not named by --label_map"
             raise BadRow(f"label not understood: --label_column {self.args.label_column} holds {label!r:.80}, {known}")
         return self.meanings[key]
 
@@ -472,8 +562,8 @@ class PairColumns:
         )
         return [total if math.isfinite(total) else math.nan for total in sums]
 
-    def captions(self, row: dict[str, Any]) -> list[str]:
-        """Returns the captions of a row, at least one; raises BadRow if there is none."""
+    def captions(self, row: dict[str, Any], files: str = "") -> list[str]:
+        """Returns the captions of a row, at least one; raises BadRow, which tells `files`, if there is none."""
         if self.template:
             values = [(text, as_text(value_at(row, column)) if column else "") for text, column, _, _ in self.template]
             caption = " ".join("".join(text + value for text, value in values).split()).strip(" ,;")
@@ -483,10 +573,12 @@ class PairColumns:
             captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
             captions = [text for text in captions if text.strip()]
         if not captions:
-            raise BadRow("no caption")
+            raise BadRow(f"no caption: {files}" if files else "no caption")
         try:
             "".join(captions).encode()
         except UnicodeEncodeError as error:  # half a character, which JSON can hold
+            if files and error.object[error.start] >= "\udc80":  # a byte of a file
+                raise BadRow(f"caption is not UTF-8, but perhaps Latin-1; save it as UTF-8: {files}") from error
             raise BadRow(f"caption is not valid Unicode: {one_line(error)}") from error
         return captions
 
@@ -585,17 +677,32 @@ def is_outside(value: Any, image_root: Path | str) -> bool:
         return False
     if "://" in value[:4096]:
         return True
-    path = Path(image_root, os.path.expanduser(value[:4096]))
     try:
+        path = _existing(value, image_root)
         return path.exists() and not is_within(path, image_root)
     except (OSError, ValueError):  # base64, which is too long for a path
         return False
 
 
+def _existing(value: str, root: Path | str) -> Path:
+    """Returns the path that a text names in a folder; if that does not exist, the one that another system means by it.
+
+    Windows writes backslashes; macOS writes accents as characters of their own, other systems do not.
+    """
+    value = os.path.expanduser(value[:4096])
+    if (path := Path(root, value)).exists():
+        return path
+    path = Path(root)
+    for part in Path(value.replace("\\", "/")).parts:
+        forms = [path / part, *(path / unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        path = next((form for form in forms if form.exists()), forms[0])
+    return path
+
+
 def _read_path_or_base64(value: str, image_root: Path | str) -> bytes:
-    path = Path(image_root, os.path.expanduser(value[:4096]))
-    exists = False
+    path, exists = Path(image_root, os.path.expanduser(value[:4096])), False
     with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a NUL
+        path = _existing(value, image_root)
         exists = path.exists()
     if exists:
         return _read_file(path)

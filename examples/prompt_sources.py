@@ -9,7 +9,11 @@
 The two on the Hub were not tried: this was written without access to it.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import missing_folder, nearest, one_line
 
 FOLDER = Path(__file__).parent / "prompts"
 ON_THE_HUB = {  # arguments of load_dataset, column
@@ -29,13 +33,19 @@ def read_prompts(spec, max_prompts=None):
 
             disable_progress_bars()
             name, _, column = spec.rpartition(":")
+            if problem := missing_folder(name):
+                raise ValueError(problem)
             arguments, column = ON_THE_HUB.get(spec) or ({"path": str(Path(name).expanduser())}, column)
             texts = dict.fromkeys(load_dataset(**arguments, split="train")[column])  # pictures repeat their prompts
         else:
-            names = ", ".join(sorted(path.stem for path in FOLDER.glob("*.txt")))
-            raise ValueError(f"neither a file nor one of {names}, {', '.join(ON_THE_HUB)}, user/name:column")
+            names = [*sorted(path.stem for path in FOLDER.glob("*.txt")), *ON_THE_HUB]
+            near = nearest(file.name, [*names, *(path.name for path in file.absolute().parent.glob("*"))])
+            hint = f"; did you mean {near if near in names else file.parent / near}?" if near else ""
+            raise ValueError(f"neither a file nor one of {', '.join(names)}, user/name:column{hint}")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"--prompts {spec}: cannot be read: not UTF-8 text; is it Latin-1 or UTF-16?") from problem
     except Exception as problem:  # `datasets` raises a dozen kinds
-        raise ValueError(f"--prompts {spec}: cannot be read: {' '.join(str(problem).split())[:300]}") from problem
+        raise ValueError(f"--prompts {spec}: cannot be read: {one_line(problem)}") from problem
     prompts = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
     if not prompts:
         raise ValueError(f"--prompts {spec}: no prompt is in it")

@@ -14,7 +14,6 @@ picture (what a safety checker leaves, or an overflow in half precision) and pai
 out and counted.
 """
 
-import argparse
 import gc
 import itertools
 import logging
@@ -29,41 +28,25 @@ import torch
 from PIL import Image
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
-from diffusers import DiffusionPipeline
-from make_pairs import encode_png, sample_pictures
+import make_pairs
+from make_pairs import check_model, encode_png, sample_pictures
 from pair_files import PairWriter, check_output_dir
 from prompt_sources import read_prompts
 from scorers import check_scorer, load_scorer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_options import number, one_line, printable
+from training_options import Parser, number, printable
 
 
-def check_model(model_option, model, lora_option=None, lora=None):
-    """Raises ValueError if a pipeline or its LoRA is not there; loads no weights."""
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model_option} {model}: not a saved pipeline (no model_index.json in it)")
-    try:
-        DiffusionPipeline.load_config(model)
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{model_option} {model}: {one_line(problem)}") from problem
-    if lora and Path(lora).is_dir() and not any(Path(lora).glob("*.safetensors")):
-        raise ValueError(f"{lora_option} {lora}: holds no .safetensors file")
-
-
-def load_pipeline(model_option, model, lora_option, lora, dtype, adapter_name=None):
+def load_pipeline(model_option, model, lora_option, lora, dtype, adapter_name=None, variant=None):
     """Returns a pipeline with its LoRA, on the GPU if there is one; raises ValueError if it cannot be loaded."""
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{model_option} {model}: {one_line(problem)}") from problem
+    pipeline = make_pairs.load_pipeline(model, model_option, dtype, variant=variant)
     if lora:
         try:
             pipeline.load_lora_weights(lora, adapter_name=adapter_name)
         except (OSError, ValueError, RuntimeError) as problem:
-            raise ValueError(f"{lora_option} {lora}: {one_line(problem)}") from problem
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+            raise make_pairs.not_loaded(lora_option, lora, problem) from problem
+    return pipeline
 
 
 def pictures_of(pipeline, prompts, seeds, num_inference_steps, guidance_scale, batch_size):
@@ -76,10 +59,9 @@ def pictures_of(pipeline, prompts, seeds, num_inference_steps, guidance_scale, b
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__.split("\n")[0],
         usage="%(prog)s {--winner_model W --loser_model L | --model M --scorer S} --prompts P --output_dir O [...]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     path, count = os.path.expanduser, number(int, least=1)
     # fmt: off
@@ -90,6 +72,7 @@ def parse_args(argv=None):
     add("--loser_lora", type=path, help="LoRA on the worse model")
     add("--model", type=path, help="one model: pipeline of all pictures")
     add("--lora", type=path, help="LoRA on it")
+    add("--variant", help="variant of all models' files, such as fp16")
     add("--scorer", type=path, help="what ranks its pictures: pickscore, clip, brisque or file.py:function")
     add("--num_pictures_per_pair", type=count, default=4, help="of which best and worst are kept; more differ more")
     add("--prompts", type=path, required=True, help="text file with a prompt on each line, or a name")
@@ -131,10 +114,10 @@ def main(argv=None):
                 check_scorer(args.scorer)
             except ValueError as problem:
                 error(f"--scorer {args.scorer}: {printable(str(problem))}")
-            check_model("--model", args.model, "--lora", args.lora)
+            check_model("--model", args.model, "--lora", args.lora, args.variant)
         else:
-            check_model("--winner_model", args.winner_model, "--winner_lora", args.winner_lora)
-            check_model("--loser_model", args.loser_model, "--loser_lora", args.loser_lora)
+            check_model("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, args.variant)
+            check_model("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, args.variant)
         captions, left_out = [prompt for prompt in prompts for _ in range(args.num_pairs_per_prompt)], Counter()
         with PairWriter(args.output_dir, args.seed) as writer:
             sample = sample_by_score if args.model else sample_from_two
@@ -152,16 +135,16 @@ def sample_from_two(args, captions, writer, left_out):
     """Writes pairs of two models; the winners wait on the disk. Counts in `left_out` what is not a pair, by reason."""
     seeds = [args.seed * len(captions) + i for i in range(len(captions))]
     sampling = (args.num_inference_steps, args.guidance_scale, args.batch_size)
-    dtype = getattr(torch, args.dtype)
+    options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.output_dir) as waiting:
-        pipeline = load_pipeline("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, dtype)
+        pipeline = load_pipeline("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, **options)
         for i, picture in enumerate(pictures_of(pipeline, captions, seeds, *sampling)):
             if picture.any():
                 (Path(waiting) / f"{i}.png").write_bytes(encode_png(picture))
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()
-        pipeline = load_pipeline("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, dtype)
+        pipeline = load_pipeline("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, **options)
         for i, picture in enumerate(pictures_of(pipeline, captions, seeds, *sampling)):
             winner, loser = Path(waiting) / f"{i}.png", encode_png(picture)
             if not (winner.exists() and picture.any()):
@@ -174,7 +157,8 @@ def sample_from_two(args, captions, writer, left_out):
 
 def sample_by_score(args, captions, writer, left_out):
     """Writes pairs of the best and the worst of several pictures of one model, as `sample_from_two` does."""
-    pipeline = load_pipeline("--model", args.model, "--lora", args.lora, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    pipeline = load_pipeline("--model", args.model, "--lora", args.lora, dtype, variant=args.variant)
     scorer, count = load_scorer(args.scorer, pipeline.device), args.num_pictures_per_pair
     seeds = [args.seed * len(captions) * count + i for i in range(len(captions) * count)]
     repeated = [caption for caption in captions for _ in range(count)]

@@ -20,6 +20,7 @@ torchvision (not tried here), a file in the environment where they work is
 
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import missing_folder, one_line
+from training_utils import find_model
 
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP = "openai/clip-vit-large-patch14"
@@ -49,10 +54,12 @@ def check_scorer(spec):
         from transformers import AutoConfig
 
         model = clip_model(name, path)
+        find_model(name, model, None, logging.getLogger(__name__).warning)
         try:
             AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: {model} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+            missing = missing_folder(model, was_asked_for=True)
+            raise ValueError(f"{name} {model}: cannot be loaded: {missing or one_line(error)}") from error
     elif spec == "brisque":
         if importlib.util.find_spec("brisque") is None or importlib.util.find_spec("cv2") is None:
             raise ValueError('brisque is not installed: pip install "brisque[opencv-python-headless]"')
@@ -97,7 +104,7 @@ def load_function(spec):
         function = getattr(module, name)
         inspect.signature(function).bind("image", "prompt")
     except Exception as error:  # whatever somebody else's file raises
-        raise ValueError(f"scorer {spec}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"scorer {spec}: {type(error).__name__}: {one_line(error)}") from error
     finally:
         sys.path.pop(0)
     return function
@@ -117,7 +124,7 @@ def clip_scorer(name, path, device, batch_size):
         model = CLIPModel.from_pretrained(model_path).eval().to(device)
         processor = AutoProcessor.from_pretrained(processor_path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"scorer {name}: {model_path} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"scorer {name}: {model_path} cannot be loaded: {one_line(error)}") from error
     scale = model.logit_scale.exp().item() if name == "pickscore" else 100.0
 
     @torch.no_grad()

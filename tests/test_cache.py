@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,18 +150,28 @@ def test_a_resumed_run_equals_one_that_never_stopped(train, refused, tmp_path):
     assert_same(lora(resumed), lora(whole))
 
 
-def test_two_processes_share_the_work_and_equal_one(train, calls, tiny_model, pairs_dir, tmp_path):
+def test_two_nodes_share_the_work_and_equal_one_process(train, calls, tiny_model, pairs_dir, tmp_path):
+    """A process on each, by a loopback address."""
     options = {**MIXED, "objective": "inpo", "max_train_steps": 4, "learning_rate": 1e-3}
     shared = {
         "pretrained_model_name_or_path": tiny_model, "train_data_dir": pairs_dir, "output_dir": tmp_path / "two",
         "inversion_cache_dir": tmp_path / "shared", "resolution": 32, "rank": 4, "train_batch_size": 2,
         "report_to": "none",
     }  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, ROOT / "train_inversion_dpo.py", *command_line(**shared, **options)]
-    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert set(re.findall(r"Caching: .*?/(\d+) \[", done.stderr)) == {"4"}  # batches of 2, of 16 draws
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = ["--master_addr", "127.0.0.1", "--master_port", str(probe.getsockname()[1])]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *place]
+    nodes = [
+        subprocess.Popen(
+            [*launcher, "--node_rank", rank, ROOT / "train_inversion_dpo.py", *command_line(**shared, **options)],
+            env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) for rank in "01"
+    ]  # fmt: skip
+    for node in nodes:
+        _, log = node.communicate(timeout=300)
+        assert node.returncode == 0, log[-3000:]
+        assert set(re.findall(r"Caching: .*?/(\d+) \[", log)) == {"4"}  # batches of 2, of 16 draws
     one = train("one", inversion_cache_dir=tmp_path / "cache", train_batch_size=4, **options)
     assert files(tmp_path / "shared").keys() == files(tmp_path / "cache").keys()
     assert_same(lora(tmp_path / "two"), lora(one), atol=ANOTHER_BATCH)
@@ -297,7 +308,7 @@ def no_weights(script, monkeypatch):
     """Ends a run where it would load weights, as damaged files do; the cache's folder is there by then."""
 
     def load(*args):
-        raise OSError("damaged")
+        raise ValueError("damaged")
 
     monkeypatch.setattr(script, "load_encoders", load)
 

@@ -1,6 +1,7 @@
 """examples/convert_pairs.py: whatever shape and storage the data have, the training scripts read the same pairs."""
 
 import base64
+import contextlib
 import csv
 import functools
 import gzip
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import convert_pairs
@@ -25,7 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import encode
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    ReadInstruction,
+    Value,
+)
 from PIL import ExifTags
 from PIL import Image as PILImage
 
@@ -214,6 +225,35 @@ def comma_separated(folder):
 
 
 @storage
+def separated_by_semicolons(folder):
+    rows = write_files(folder)
+    rows = [";".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+    (folder / "pairs.csv").write_text("\ufeff" + "\r\n".join(rows), encoding="utf-8")
+
+
+@storage
+def separated_by_tabs(folder):
+    rows = write_files(folder)
+    rows = ["\t".join(map(str, row)) for row in (rows[0], *(row.values() for row in rows))]
+    (folder / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+
+
+@storage
+def paths_of_windows(folder):
+    rows = [{k: v.replace("/", "\\") if "jpg" in k else v for k, v in row.items()} for row in write_files(folder)]
+    (folder / "pairs.jsonl").write_text(lines(rows))
+
+
+@storage
+def paths_of_another_unicode_form(folder):
+    """macOS writes accents as characters of their own, and archives keep that."""
+    rows = write_files(folder / "ä é")
+    (folder / "ä é").rename(folder / unicodedata.normalize("NFD", "ä é"))
+    rows = [{k: f"ä é/{v}" if "jpg" in k else v for k, v in row.items()} for row in rows]
+    (folder / "pairs.jsonl").write_text(lines(rows))
+
+
+@storage
 def base64_jsonl(folder):
     encoders = itertools.cycle([base64.b64encode, base64.encodebytes, base64.urlsafe_b64encode])
     rows = labelled_rows(lambda *image: next(encoders)(png(*image)).decode())
@@ -258,6 +298,59 @@ def test_a_data_set_by_name_with_a_configuration(streaming, convert, tmp_path):
     options = ["--dataset_config_name", "b", "--cache_dir", tmp_path / "cache", *streaming]
     assert_winners(convert(tmp_path / "in", *options, name="--dataset_name"), *EXPECTED)
     assert not any(tmp_path.glob("cache/**/*.arrow"))
+
+
+SPLITS = {"train": list(map(str, range(40))), "test": ["a", "b", "c"]}  # their captions
+
+
+def with_splits(folder, kind):
+    """A folder with the rows of two splits, as files or as `save_to_disk` writes them."""
+    splits = {
+        split: [{"jpg_0": png("best", i), "jpg_1": png("worst", i), "label_0": 1, "caption": captions[i]}
+                for i in range(len(captions))]
+        for split, captions in SPLITS.items()
+    }  # fmt: skip
+    if kind == "saved":
+        DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(folder)
+        return folder
+    for split, rows in splits.items():
+        if kind == "jsonl":
+            for row in rows:
+                row |= {name: base64.b64encode(row[name]).decode() for name in ("jpg_0", "jpg_1")}
+            folder.mkdir(exist_ok=True)
+            (folder / f"{split}.jsonl").write_text(lines(rows))
+        else:
+            write_parquet(rows, folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "saved", "by name"])
+def test_a_split_may_be_a_slice_or_a_sum_as_datasets_spells_them(kind, convert, refused, tmp_path):
+    folder, specs = with_splits(tmp_path / "in", kind), ["train[:5]", "train[35:]", "train[-3:]", "train[:10%]"]
+    options = {"name": "--dataset_name"} if kind == "by name" else {}
+    specs += ["train[10:20]+test[1:]", "test+train[95%:]", "train[33%:66%](closest)", "train[:99]", "train+test[:-1]"]
+    for spec in specs:
+        parts = ReadInstruction.from_spec(spec).to_absolute({split: len(rows) for split, rows in SPLITS.items()})
+        expected = [caption for part in parts for caption in SPLITS[part.splitname][part.from_ : part.to]]
+        found = read_back(convert(folder, "--dataset_split_name", spec, **options))
+        assert expected and [pair.captions[0] for pair in found] == expected
+    for spec in ("train[:x]", "nothing[:5]", "train[50:]", "train[", "train[:10%](odd)"):
+        assert spec in refused(folder, "--dataset_split_name", spec, **options)
+
+
+def test_of_folders_a_slice_is_taken_and_there_is_one_split(convert, refused, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a", "b"))
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name)
+    assert_winners(convert(folder, *WINNERS, "--dataset_split_name", "train[50%:]"), ("best", "worst", "b"))
+    assert "'test'" in refused(folder, *WINNERS, "--dataset_split_name", "test")
+
+
+@pytest.mark.parametrize("kind", ["pandas", "torch", "numpy"])
+def test_a_format_that_is_saved_with_the_rows_does_not_matter(kind, convert, tmp_path):
+    rows = Dataset.from_list(labelled_rows()).with_format(kind, columns=["caption"])
+    rows.save_to_disk(tmp_path / "in")
+    assert_winners(convert(tmp_path / "in"), *EXPECTED)
 
 
 def test_files_of_other_splits_and_hidden_ones_are_left_alone(convert, refused, tmp_path):
@@ -317,6 +410,120 @@ def test_two_folders_of_equal_names(captions, convert, refused, tmp_path):
             assert "--train_data_dir" in refused(folder, *WINNERS)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.Caption", "a.png.txt", "a.JPEG.caption"])
+@pytest.mark.parametrize("place", ["chosen", "rejected", "."])
+def test_caption_files_of_every_name(name, place, convert, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a",))
+    (folder / place / name).write_text("a caption")
+    assert_winners(convert(folder, *WINNERS), ("best", "worst", "a caption"))
+
+
+def test_a_txt_file_goes_before_a_caption_file(convert, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a",))
+    for name in ("a.caption", "a.txt"):
+        (folder / name).write_text(name)
+    assert_winners(convert(folder, *WINNERS), ("best", "worst", "a.txt"))
+
+
+def test_captions_that_are_missing_are_told_with_where_they_were_looked_for(refused, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("deep/a", "deep/b"))
+    (folder / "captions").mkdir()
+    (folder / "captions" / "a.json").write_text("{}")
+    message = refused(folder, *WINNERS)
+    for told in ("chosen/deep/a.txt", "rejected/deep/a.txt", "captions, chosen, rejected", "(1 .json)", "(2 .png)"):
+        assert told in message
+
+
+def test_what_a_folder_holds_is_told_where_its_pairs_are_not_found(refused, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a",))
+    (folder / "chosen").rename(folder / "good")
+    (folder / "@eaDir").mkdir()
+    message = refused(folder, *WINNERS)
+    assert "good, rejected" in message and "chosen and rejected" in message and "eaDir" not in message
+    (folder / "captions.jsonl").write_text('{"file_name": "a", "caption": "x"}')
+    message = refused(folder, *WINNERS)
+    assert "--winner_column chosen" in message and "good, rejected" in message
+    (folder / "good").rename(folder / "chosen")
+    (folder / "chosen" / "a.PNG").rename(folder / "chosen" / "a.heic")
+    assert "a.heic (1 .heic)" in refused(folder, *WINNERS)
+
+
+LEFT_BEHIND = ["@eaDir", "@EADIR", "$RECYCLE.BIN", "__MACOSX", "System Volume Information", "#recycle", ".Trash-1000"]
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_what_systems_leave_behind_holds_no_pairs(name, convert, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a", f"{name}/a", f"{name}/b.png/THUMB"))
+    (folder / "a.txt").write_text("a")
+    assert_winners(convert(folder, *WINNERS), ("best", "worst", "a"))
+    write_parquet([], tmp_path / "table" / name / "train.parquet")
+    write_parquet(labelled_rows(), tmp_path / "table" / "train.parquet")
+    assert_winners(convert(tmp_path / "table"), *EXPECTED)
+
+
+def test_a_file_whose_name_begins_with_two_underscores_is_an_image(convert, tmp_path):
+    """Collections of drawings name their downloads so; only folders that begin so are caches."""
+    folder = write_folders(tmp_path / "in", names=("__somebody__sample",))
+    (folder / "__somebody__sample.txt").write_text("a")
+    assert_winners(convert(folder, *WINNERS), ("best", "worst", "a"))
+
+
+@pytest.mark.parametrize("captions", ["file", "JSONL"])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_the_same_in_both_unicode_forms_and_with_backslashes(forms, captions, convert, tmp_path):
+    folder, (one, other) = tmp_path / "in", forms
+    for column, form, grey in (("gewählt", one, "best"), ("rejected", other, "worst")):
+        file = folder / unicodedata.normalize(form, column) / "ü" / unicodedata.normalize(form, "über é.png")
+        file.parent.mkdir(parents=True)
+        file.write_bytes(png(grey))
+    if captions == "file":
+        (folder / "ü").mkdir()
+        (folder / "ü" / unicodedata.normalize(other, "über é.txt")).write_text("x")
+    else:
+        name = unicodedata.normalize(other, "gewählt\\ü\\über é.png")
+        (folder / "captions.JSONL").write_text(json.dumps({"file_name": name, "caption": "x"}))
+    columns = ["--winner_column", unicodedata.normalize(other, "gewählt"), "--loser_column", "rejected"]
+    assert_winners(convert(folder, *columns), ("best", "worst", "x"))
+
+
+def test_the_datas_folder_may_be_typed_in_the_other_unicode_form(convert, tmp_path):
+    write_parquet(labelled_rows(), tmp_path / unicodedata.normalize("NFD", "é ü") / "train.parquet")
+    assert_winners(convert(tmp_path / unicodedata.normalize("NFC", "é ü")), *EXPECTED)
+
+
+def test_names_that_are_not_unicode_are_names_too(convert, tmp_path, capsys):
+    """Linux takes any bytes, as an old archive from Windows holds them."""
+    folder = write_folders(tmp_path / "in", names=("a", os.fsdecode(b"K\xe4se")))
+    (folder / "a.txt").write_text("a")
+    (folder / os.fsdecode(b"K\xe4se.txt")).write_text("b")
+    (folder / "chosen" / os.fsdecode(b"\xfcbrig.png")).write_bytes(png("best", 9))
+    assert_winners(
+        convert(folder, *WINNERS, "--max_bad_fraction", 0.5), ("best", "worst", "a"), ("best", "worst", "b")
+    )
+    assert "left out: " in capsys.readouterr().out
+
+
+def test_labels_in_words_are_told_of_the_map_and_are_the_same_in_both_unicode_forms(convert, refused, tmp_path):
+    labels = [unicodedata.normalize("NFD", label) for label in ("schön", "übel", "schön", "übel")]
+    data = with_labels(labels, tmp_path / "in" / "train.parquet")
+    assert "--label_map" in refused(data)
+    assert_winners(convert(data, "--label_map", "schön=1", "ÜBEL=0"), *EXPECTED)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.jsonl", "metadata.jsonl", "captions.jsonl"])
+def test_text_in_another_encoding_is_told(name, encoding, refused, tmp_path):
+    folder = write_folders(tmp_path / "in", names=("a",)) if name == "captions.jsonl" else tmp_path / "in"
+    rows = [{"file_name": "a", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 1, "caption": "Käse"}]
+    text = (
+        "jpg_0,jpg_1,label_0,caption\na.png,b.png,1,Käse" if "csv" in name else json.dumps(rows[0], ensure_ascii=False)
+    )
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text, encoding=encoding)
+    message = refused(folder, *(WINNERS if name == "captions.jsonl" else []))
+    assert name in message and "UTF-8" in message and "Latin-1" in message
+
+
 def test_a_caption_file_that_is_not_utf8_is_a_bad_row_with_its_name(convert, tmp_path, capsys):
     folder = write_folders(tmp_path / "in\x1b[31m")
     for name, text in (("v1.0", b"v1.0"), ("b", "Käse".encode("latin-1"))):
@@ -324,7 +531,8 @@ def test_a_caption_file_that_is_not_utf8_is_a_bad_row_with_its_name(convert, tmp
         (folder / "deep" / f"{name}.txt").write_bytes(text)
     assert_winners(convert(folder, *WINNERS, "--max_bad_fraction", 0.5), ("best", "worst", "v1.0"))
     output = capsys.readouterr().out
-    assert "left out: deep/b: caption" in output and "[31m" in output and "\x1b" not in output
+    assert "left out: deep/b: caption is not UTF-8, but perhaps Latin-1" in output and "deep/b.txt" in output
+    assert "[31m" in output and "\x1b" not in output
 
 
 def test_folders_behind_links(convert, tmp_path):
@@ -386,6 +594,12 @@ def test_files_that_are_not_there_or_of_another_kind(refused, tmp_path):
     (tmp_path / "pairs.xlsx").write_text("")
     assert ".xlsx" in refused(tmp_path / "pairs.xlsx")
     assert str(tmp_path / "nothing") in refused(tmp_path / "nothing")
+    (tmp_path / "pairs").mkdir()
+    near = f"did you mean {tmp_path / 'pairs'}?"
+    assert near in refused(tmp_path / "piars")
+    assert near in refused(tmp_path / "piars", name="--dataset_name")
+    assert near in refused(tmp_path / "pairs.xlsx", "--image_root", tmp_path / "piars")
+    assert "user/name" in refused("https://huggingface.co/datasets/a/b", name="--dataset_name")
 
 
 def test_text_that_is_not_utf8_ends_the_program_with_the_place(refused, tmp_path):
@@ -639,6 +853,30 @@ def test_help_is_nothing_but_the_help():
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: ")
 
 
+class ClosedPipe(io.RawIOBase):
+    def writable(self):
+        return True
+
+    def write(self, _):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("console", ["cp1252", "ascii", "latin-1", "closed pipe", "none"])
+def test_a_console_that_cannot_show_a_name_ends_nothing(console, convert, tmp_path, monkeypatch):
+    rows = write_files(tmp_path / "日本 é")
+    rows[0]["jpg_0"] = "画像→.png"  # which is not there, and named
+    (tmp_path / "日本 é" / "ペア.jsonl").write_text(lines(rows))
+    raw = ClosedPipe() if console == "closed pipe" else io.BytesIO()
+    encoding = "utf-8" if console in ("closed pipe", "none") else console
+    stdout = None if console == "none" else io.TextIOWrapper(raw, encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with contextlib.suppress(BrokenPipeError):  # of the report, when the work is done
+        convert(tmp_path / "日本 é", "--max_bad_fraction", 0.5)
+    assert_winners(tmp_path / "out 0", *EXPECTED[1:])
+    if console not in ("closed pipe", "none"):
+        assert "\\u753b" in raw.getvalue().decode(console)
+
+
 # What is written
 
 
@@ -679,15 +917,30 @@ def test_unusable_rows_are_counted_by_reason_and_the_first_ten_are_named(convert
     assert "pairs written    41, ties left out: 0" in printed
 
 
-@pytest.mark.parametrize(("bad", "rows_read"), [({0, 1, 2, 3}, 2), ({0, 11}, 12), (set(range(12)), 2)])
-def test_too_many_unusable_rows_end_the_program_early_and_leave_nothing(bad, rows_read, refused, tmp_path):
-    rows = shaped_rows(12)
+@pytest.mark.parametrize(
+    ("num_rows", "bad", "fraction", "rows_read"),
+    [(12, {0, 11}, 0.1, 12), (12, range(12), 0.1, 12), (1250, range(1250), 0.1, 112), (50, range(1, 3), 0, 2)],
+)
+def test_too_many_unusable_rows_end_the_program_early_and_leave_nothing(
+    num_rows, bad, fraction, rows_read, refused, tmp_path
+):
+    rows = [{"w": png("best", i), "l": png("worst", i), "caption": "x"} for i in range(num_rows)]
     for i in bad:
         rows[i]["w"] = b"damaged"
     data = write_parquet(rows, tmp_path / "in" / "train.parquet")
-    message = refused(data, *BEST, "--max_file_mb", 1e-4)  # a file is complete after each pair
-    assert "--max_bad_fraction" in message and f"first {rows_read} rows" in message and "row 0" in message
-    assert not list(tmp_path.glob("out*/*"))
+    message = refused(data, *BEST, "--max_bad_fraction", fraction, "--max_file_mb", 0.1)
+    assert "--max_bad_fraction" in message and f"first {rows_read} rows" in message
+    assert f"row {min(bad)}:" in message and not list(tmp_path.glob("out*/*"))
+
+
+@pytest.mark.parametrize("bad", [range(2), range(100), range(600, 720)], ids=["first two", "first 100", "cluster"])
+def test_bad_rows_that_stand_together_do_not_end_the_program(bad, convert, tmp_path, capsys):
+    """They are few of all: a shard, or a folder of them, is missing."""
+    rows = [{"w": png("best", i), "l": png("worst", i), "caption": "x"} for i in range(1250)]
+    for i in bad:
+        rows[i]["w"] = b"damaged"
+    convert(write_parquet(rows, tmp_path / "in" / "train.parquet"), *BEST)
+    assert f"rows left out    {len(bad)}\n" in capsys.readouterr().out
 
 
 def test_a_full_disk_ends_the_program_and_leaves_nothing(refused, shaped, tmp_path, monkeypatch):

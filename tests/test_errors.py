@@ -4,12 +4,19 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from conftest import ONE_THREAD, ROOT, assert_same, command_line, lora, pair_rows, write_json, write_parquet
+import torch
+from conftest import ONE_THREAD, ROOT, assert_same, command_line, logged, lora, pair_rows, write_json, write_parquet
 from datasets import ClassLabel, Dataset
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
-from training_utils import LOCK_FILE, LORA_FILE
+import train_inversion_dpo
+from training_options import missing_folder
+from training_utils import LOCK_FILE, LORA_FILE, PROCESSES, check_launcher
 
 # The first option of each command line is the one that the message must name.
 # fmt: off
@@ -206,3 +213,186 @@ def test_the_process_ends_with_2_one_line_and_no_traceback(tiny_model, pairs_dir
     assert done.returncode == 2 and len(lines) == 1 and "--label_column better" in lines[0], done.stderr
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in done.stderr and lines[0] == done.stderr.splitlines()[-1] and not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--learning_rat", "1"], "--learning_rate"), (["-learning_rate", "1"], "--learning_rate"),
+        (["--Rank", "4"], "--rank"), (["--validation_prompt", "a"], "--validation_prompts"),
+        (["\u2013rank", "4"], "--rank"), (["--gradient_checkpointing", "true"], "--no-gradient_checkpointing"),
+        (["--random_flip=False"], "--no-random_flip"),
+        (["--config", "options.yaml"], "learning_rate"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_is_offered(words, meant, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "options.yaml").write_text("learning_rates: 1")
+    with pytest.raises(SystemExit) as stop:
+        train_inversion_dpo.parse_args(words)
+    *_, usage, line = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and meant in line and "--train_data_dir" in usage
+
+
+def test_a_web_address_is_no_name_of_a_dataset(refused, no_models):
+    assert "user/name" in refused(train_data_dir=None, dataset_name="https://hub/datasets/user/name")
+
+
+def test_dashes_stand_for_underscores():
+    required = ["--pretrained-model-name-or-path", "m", "--train-data-dir=d", "--output_dir", "o"]
+    args = train_inversion_dpo.parse_args([*required, "--no-random-flip", "--max-train-steps", "3"])[0]
+    assert (args.max_train_steps, args.random_flip, args.train_data_dir) == (3, False, "d")
+
+
+@pytest.mark.parametrize(
+    ("value", "is_path"),
+    [
+        ("/no/such", True), ("./no", True), ("~/no/such", True), ("a\\b", True), ("a/b/c", True),
+        ("user/model-1.5", False), ("model", False), ("tests", False),
+    ],
+)  # fmt: skip
+def test_a_path_is_told_from_a_hub_id(value, is_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert bool(missing_folder(value)) == is_path
+
+
+def test_the_nearest_folder_is_offered(tmp_path, monkeypatch):
+    (tmp_path / "models" / "my-model" / "unet").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for value in (tmp_path / "models" / "my-modle", "./models/my-modle", f"{tmp_path}/modles/my-model"):
+        assert missing_folder(str(value)).endswith("models/my-model?")
+    assert missing_folder("models/my-modle") == ""  # may be on the Hub
+    assert missing_folder("models/my-modle", was_asked_for=True).endswith("models/my-model?")
+    assert missing_folder("user/model", was_asked_for=True) == ""
+
+
+@pytest.mark.parametrize(
+    "option", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "train_data_dir", "lora_init"]
+)
+def test_a_mistyped_folder_is_not_sought_on_the_hub(refused, no_models, tiny_model, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("the Hub was asked"))
+    message = refused(**{option: f"{tmp_path}/nothing", "rank": None})
+    assert message.startswith(f"--{option} {tmp_path}/nothing: no such folder")
+
+
+@pytest.mark.parametrize("has_network", [True, False])
+def test_a_model_that_is_not_on_the_hub(refused, no_models, monkeypatch, tmp_path, has_network):
+    """Without a network that is said once, and nothing is tried again."""
+    asked = []
+
+    def model_info(*args, **options):
+        asked.append(args)
+        response = SimpleNamespace(headers={}, request=None)
+        raise RepositoryNotFoundError("404: no such repository", response=response) if has_network else OSError("down")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    message = refused(pretrained_model_name_or_path="models/mien")
+    assert len(asked) == 1 and message.startswith("--pretrained_model_name_or_path models/mien")
+    assert ("models/mine?" if has_network else "cannot be reached") in message
+
+
+# Launchers
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_two_processes_without_a_group_are_refused(refused, no_models, monkeypatch, name):
+    """Each would be a whole run."""
+    monkeypatch.setenv(name, "2")
+    assert f"2 processes were started ({name})" in refused()
+
+
+def test_what_does_not_prove_a_second_process(train, monkeypatch):
+    """One node's share, an allocation of which this is one step's one process, and a launcher that says one."""
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    train(max_train_steps=1)
+    check_launcher({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, 4)  # two nodes
+
+
+def test_precisions_that_only_the_environment_asks_for(refused, no_models, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "fp8" in refused() or "accelerate" in refused()
+
+
+# Schedules
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"lr_scheduler": "polynomial", "learning_rate": 1e-7}, "--lr_scheduler polynomial"),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, "--lr_warmup_steps is 2"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 500}, "--lr_warmup_steps is 500"),
+    ],
+)
+def test_schedules_that_come_to_nothing(refused, no_models, options, named):
+    assert named in refused(**options)
+
+
+# Models that are not whole
+
+
+def change_weights(folder, part, change):
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    change(
+        weights, sorted(name for name in weights if weights[name].is_floating_point() and weights[name].ndim > 1)[0]
+    )
+    save_file(weights, file, {"format": "pt"})
+
+
+CHANGES = {
+    "missing": lambda weights, name: weights.pop(name),
+    "foreign": lambda weights, name: weights.update({f"model.{key}": weights.pop(key) for key in list(weights)}),
+    "nan": lambda weights, name: weights[name].view(-1)[:1].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_part_that_is_not_whole_is_named(refused, tiny_model, tmp_path, part, kind):
+    """It would train on random text states and exit with 0, or end with a traceback of meta tensors."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    change_weights(folder, part, CHANGES[kind])
+    message = refused(pretrained_model_name_or_path=folder)
+    assert message.startswith(f"--pretrained_model_name_or_path {folder}: {part}")
+    assert "not finite" in message if kind == "nan" else "lacks" in message
+
+
+def test_weights_that_nobody_uses_are_only_named(train, tiny_model, tmp_path, caplog):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    change_weights(folder, "unet", lambda weights, name: weights.update({"extra.weight": torch.ones(2)}))
+    weights = lora(train(pretrained_model_name_or_path=folder, max_train_steps=1))
+    assert_same(weights, lora(train("plain", max_train_steps=1)))
+    lines = [record.getMessage() for record in caplog.records if "extra.weight" in record.getMessage()]
+    assert sum("--pretrained_model_name_or_path" in line for line in lines) == 1
+
+
+def test_another_vae_is_blamed_by_its_own_option(refused, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model / "vae", tmp_path / "vae")
+    for damage in (lambda: change_weights(tmp_path, "vae", CHANGES["missing"]), (folder / "config.json").unlink):
+        damage()
+        assert refused(pretrained_vae_model_name_or_path=folder).startswith(
+            f"--pretrained_vae_model_name_or_path {folder}"
+        )
+
+
+@pytest.mark.first_look
+@pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
+def test_a_wrong_prediction_type_is_noticed_and_can_be_put_right(train, tmp_path, caplog, said):
+    """On a model that was trained; the small world's predicts epsilon."""
+    folder = shutil.copytree(ROOT / "examples" / "small_world_model", tmp_path / "model")
+    write_json(folder / "scheduler" / "scheduler_config.json", prediction_type=said)
+    options = {"pretrained_model_name_or_path": folder, "resolution": 64, "objective": "diffusion_dpo"}
+    options |= {"max_train_steps": 1, "lora_target_modules": ["to_q"]}
+    wrong = train("as it is said", **options)
+    warned = [record.getMessage() for record in caplog.records if "--prediction_type" in record.getMessage()]
+    assert len(warned) == (said != "epsilon") and all("epsilon" in line for line in warned)
+    right = train("as it is", prediction_type="epsilon", **options)
+    assert len(warned) == sum("--prediction_type" in record.getMessage() for record in caplog.records)
+    errors = [logged(run, "reference_error")[0] for run in (right, wrong)]
+    assert errors[0] == errors[1] if said == "epsilon" else errors[0] < errors[1]

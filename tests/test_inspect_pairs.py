@@ -1,11 +1,15 @@
 """examples/inspect_pairs.py: what a look at the pairs tells before training."""
 
+import io
 import json
+import shutil
+import sys
 
 import inspect_pairs
 import numpy as np
 import pytest
-from conftest import encode, pair_rows, random_image, write_parquet
+from conftest import encode, pair_rows, random_image, write_json, write_parquet
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 
@@ -99,6 +103,20 @@ def test_the_picture_shows_winners_and_losers_as_such(inspect):
     assert larger.shape[0] > 2.5 * picture.shape[0]
 
 
+def test_a_models_folder_that_is_not_there_is_not_looked_for_on_the_hub(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: pytest.fail("it was"))
+    message = refused(pair_rows(2), "--pretrained_model_name_or_path", tmp_path / "nothing")
+    assert "no such folder" in message
+
+
+def test_of_two_tokenizers_one_may_be_missing(inspect, tiny_sdxl_model, tmp_path):
+    shutil.copytree(tiny_sdxl_model, tmp_path / "refiner")
+    write_json(tmp_path / "refiner" / "model_index.json", tokenizer=[None, None])
+    shutil.rmtree(tmp_path / "refiner" / "tokenizer")
+    report, _ = inspect(pair_rows(2), "--pretrained_model_name_or_path", tmp_path / "refiner")
+    assert "caption lengths in tokens" in report
+
+
 def test_bad_input_is_refused_and_nothing_overwritten(refused, tmp_path):
     rows = pair_rows(2)
     for i, name in enumerate(("inspection.json", "pairs.png")):
@@ -108,7 +126,8 @@ def test_bad_input_is_refused_and_nothing_overwritten(refused, tmp_path):
         assert (tmp_path / str(i) / name).read_text() == "mine"
     (tmp_path / "file").write_text("")
     for options, named in (
-        (["--pretrained_model_name_or_path", tmp_path / "nothing"], "--pretrained_model_name_or_path"),
+        (["--pretrained_model_name_or_path", tmp_path / "nothing"], "no such folder"),
+        (["--pretrained_model_name_or_path", "no/such-model"], "--pretrained_model_name_or_path no/such-model"),
         (["--caption_column", "nothing"], "--caption_column"),
         (["--winner_column", "jpg_0"], "--loser_column"),
         (["--dataset_name", "x"], "--dataset_name"),
@@ -122,6 +141,14 @@ def test_bad_input_is_refused_and_nothing_overwritten(refused, tmp_path):
 def test_names_in_the_data_do_not_reach_the_terminal_as_they_are(refused):
     message = refused([{**row, "\x1b]0;title\x07": 1} for row in pair_rows(2)], "--label_column", "better")
     assert "--label_column better" in message and "title" in message and "\x1b" not in message
+
+
+@pytest.mark.parametrize("console", ["cp1252", "ascii"])
+def test_a_console_that_cannot_show_a_name_ends_nothing(console, inspect, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=console, write_through=True))
+    inspect(pair_rows(2), output="日本")
+    assert "\\u65e5\\u672c" in raw.getvalue().decode(console)
 
 
 def test_a_caption_of_megabytes_is_cut_before_it_is_tokenized(inspect, tiny_model):

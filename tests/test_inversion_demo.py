@@ -1,7 +1,9 @@
 """The inversion demo: what it reconstructs, the pipelines that it takes, what it writes and what it refuses."""
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import inversion_demo
@@ -48,11 +50,11 @@ def demo(picture, tmp_path, capsys):
 def refused(demo, capsys, monkeypatch):
     """Runs the demo with options that it must refuse before it loads weights, and returns its one line."""
 
-    def load(model):
+    def load(*_):
         raise AssertionError("weights were loaded")
 
     def run(**options):
-        monkeypatch.setattr(inversion_demo, "load_pipeline", load)
+        monkeypatch.setattr(inversion_demo, "load_without_checker", load)
         with pytest.raises(SystemExit) as stop:
             demo(**options)
         assert stop.value.code == 2
@@ -81,7 +83,7 @@ def test_more_calls_reconstruct_better_up_to_the_vae(demo):
 def test_another_prompt_does_not_give_the_picture_back():
     """The reconstruction is sampled by the model: another prompt on the way back makes something else of x_t."""
     noise_scheduler, resolution = inversion_demo.read_model(MODEL, None)
-    pipeline = inversion_demo.load_pipeline(MODEL)
+    pipeline = inversion_demo.load_without_checker(MODEL)
     heart, star = (
         inversion_demo.noise_predictor(pipeline, noise_scheduler, prompt, resolution)
         for prompt in ("a green heart", "a yellow star")
@@ -159,6 +161,58 @@ def test_mistakes_end_with_one_line_before_weights_load(refused, tmp_path, pictu
         line = refused(**{name: value})
         assert f"--{name}" in line and str(value) in line, line
     assert not (tmp_path / "inverted").exists()
+
+
+def test_a_folder_that_is_not_there_is_told_with_the_nearest_name(refused, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "models" / "mine")
+    for typed in (tmp_path / "models" / "mien", "./models/mien", "models/mien", "~/models/mien", "models/x/mine"):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        line = refused(model=typed)
+        assert line.startswith("--model ") and "no such folder" in line
+        assert "models/mine" in line or "x" in line
+    assert "no such folder" not in refused(model="nobody/nothing")
+
+
+def test_the_part_that_is_at_fault_is_named(refused, tiny_model, tmp_path):
+    weights = "diffusion_pytorch_model.safetensors"
+    for name, part, spoil in (
+        ("gone", "vae", shutil.rmtree),
+        ("tokenless", "tokenizer", shutil.rmtree),  # of which transformers makes an empty one
+        ("weightless", "vae", lambda folder: (folder / weights).unlink()),
+        ("cut", "vae", lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:900])),
+        ("other", "vae", lambda folder: write_json(folder / "config.json", _class_name="AutoencoderTiny")),
+        ("text", "vae", lambda folder: (folder / "config.json").write_text("{")),
+        ("unet", "unet", lambda folder: (folder / "config.json").write_text("{")),
+        ("schedule", "scheduler", shutil.rmtree),
+    ):
+        shutil.copytree(tiny_model, tmp_path / name)
+        spoil(tmp_path / name / part)
+        line = refused(model=tmp_path / name)
+        assert line.startswith(f"--model {tmp_path / name}: its {part} "), line
+
+
+def test_weights_that_fail_when_they_are_loaded_end_with_one_line(demo, tiny_model, tmp_path, capsys):
+    shutil.copytree(tiny_model, tmp_path / "bent")
+    write_json(tmp_path / "bent" / "unet" / "config.json", block_out_channels=[32, 64])
+    with pytest.raises(SystemExit) as stop:
+        demo(tmp_path / "bent")
+    assert stop.value.code == 2 and f"error: --model {tmp_path / 'bent'}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_variant_of_the_weights_is_named_and_read(demo, refused, tiny_model, tmp_path, monkeypatch):
+    DiffusionPipeline.from_pretrained(tiny_model).save_pretrained(tmp_path / "half", variant="fp16")
+    assert "--variant fp16" in refused(model=tmp_path / "half")
+    monkeypatch.undo()  # of what fails when weights are loaded
+    demo(tmp_path / "half", variant="fp16", num_steps=2)
+
+
+@pytest.mark.parametrize("console", ["cp1252", "ascii"])
+def test_a_console_that_cannot_show_a_name_ends_nothing(console, demo, tiny_model, tmp_path, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=console, write_through=True))
+    demo(tiny_model, "日本", num_steps=2)
+    assert (tmp_path / "日本" / "comparison.png").exists() and "\\u65e5" in raw.getvalue().decode(console)
 
 
 def test_nothing_is_overwritten(refused, tmp_path):

@@ -1,5 +1,6 @@
 """Preference pairs: from files on disk to the examples that the loop sees."""
 
+import errno
 import itertools
 import json
 import os
@@ -10,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import assert_same, command_line, encode, logged, lora, pair_rows, random_image, write_parquet
+from conftest import CAPTIONS, assert_same, command_line, encode, logged, lora, pair_rows, random_image, write_parquet
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
+from PIL import ImageCms, PngImagePlugin
 
 import train_inversion_dpo
 import training_utils
@@ -442,3 +444,137 @@ def test_forward_noise_is_shared_within_a_pair_and_belongs_to_the_visit():
     assert torch.equal(noise[:, 1], forward_noise([(0, 4)], seed=0, shape=(2, 4, 8, 8))[:, 0])
     assert not torch.equal(noise[0, 0], noise[0, 1]) and not torch.equal(noise[0, 0], noise[1, 0])
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+# Data as `datasets` and people keep them
+
+
+@pytest.mark.parametrize("form", ["pandas", "numpy", "torch", "arrow"])
+def test_a_format_that_was_kept_on_disk_does_not_count(form, tmp_path):
+    Dataset.from_list(pair_rows(4)).with_format(form).save_to_disk(tmp_path / "data")
+    check_winners_are_bright(pairs_in(tmp_path / "data"), 4)
+
+
+def test_columns_that_were_chosen_for_a_format_do_not_count(tmp_path):
+    Dataset.from_list(pair_rows(4)).with_format("torch", columns=["label_0"]).save_to_disk(tmp_path / "data")
+    check_winners_are_bright(pairs_in(tmp_path / "data"), 4)
+
+
+def test_slices_of_saved_data_are_read_as_those_of_others(tmp_path):
+    rows = Dataset.from_list(pair_rows(8))
+    rows.save_to_disk(tmp_path / "single")
+    DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(tmp_path / "splits")
+    write_parquet(pair_rows(8), tmp_path / "parquet")
+    for split, places in {
+        "train": range(8),
+        "train[:3]": range(3),
+        "train[50%:]": range(4, 8),
+        "train[-1:]": [7],
+    }.items():
+        for folder in ("single", "splits", "parquet"):
+            pairs = pairs_in(tmp_path / folder, dataset_split_name=split)
+            captions = [pairs[place].captions for place in range(len(pairs))]
+            assert captions == [[CAPTIONS[place % 4]] for place in places]
+    assert len(pairs_in(tmp_path / "splits", dataset_split_name="train+test[:2]")) == 10
+    for folder in ("single", "splits"):
+        with pytest.raises(ValueError, match="--train_data_dir .*validation"):
+            pairs_in(tmp_path / folder, dataset_split_name="validation")
+
+
+def test_paths_in_parquet_are_relative_to_the_data(tmp_path):
+    rows = pair_rows(4)
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        for name in ("jpg_0", "jpg_1"):
+            (tmp_path / "data" / "images" / f"{i}-{name}.png").write_bytes(row[name])
+            row[name] = {"bytes": None, "path": f"images/{i}-{name}.png"}
+    check_winners_are_bright(pairs_in(write_parquet(rows, tmp_path / "data")), 4)
+    rows[0]["jpg_0"]["path"] = "../secret.png"
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    with pytest.raises(BadRow, match="outside"):
+        pairs_in(write_parquet(rows, tmp_path / "other"))[0]
+
+
+def test_a_shard_without_rows(tmp_path):
+    folder, rows = tmp_path / "data", Dataset.from_list(pair_rows(4))
+    folder.mkdir()
+    rows.select([]).to_parquet(folder / "train-00000-of-00002.parquet")
+    rows.to_parquet(folder / "train-00001-of-00002.parquet")
+    check_winners_are_bright(pairs_in(folder), 4)
+
+
+def test_a_full_disk_is_not_the_datas_fault(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ValueError, match="full disk"):
+        pairs_in(write_parquet(pair_rows(2), tmp_path / "data"))
+
+
+# Metadata and colour
+
+
+def test_metadata_never_costs_the_pixels():
+    """Megabytes of text, a huge or broken profile, broken EXIF."""
+    image = random_image(np.random.default_rng(0))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("prompt", "x" * 3_000_000, zip=True)
+    text.add_itxt("workflow", "y" * 2_000_000, zip=True)
+    exif, noise = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xffbroken", np.random.default_rng(0).bytes(2_000_000)
+    for options in ({"pnginfo": text}, {"icc_profile": b"no profile"}, {"icc_profile": noise}, {"exif": exif}):
+        assert np.array_equal(decode_image(encode(image, "PNG", **options)), image)
+    plain = decode_image(encode(image, "JPEG"))
+    for options in ({"exif": exif}, {"icc_profile": b"no profile"}):
+        assert np.array_equal(decode_image(encode(image, "JPEG", **options)), plain)
+
+
+def test_truncated_pixels_are_still_an_error():
+    data = encode(random_image(np.random.default_rng(0), (400, 320)))
+    with pytest.raises(BadRow):
+        decode_image(data[: len(data) // 2])
+
+
+def profile_of(gamma):
+    """A profile of sRGB's primaries and another gamma, in bytes: PIL's own with other tone curves and name."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(count)}
+    curve = b"curv" + bytes(4) + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big") + bytes(2)
+    name = b"mluc" + bytes(4) + (1).to_bytes(4, "big") + (12).to_bytes(4, "big") + b"enUS" + (8).to_bytes(4, "big")
+    name += (28).to_bytes(4, "big") + "test".encode("utf-16-be")
+    for tag, content in ((b"rTRC", curve), (b"gTRC", curve), (b"bTRC", curve), (b"desc", name)):
+        profile[tags[tag] + 4 : tags[tag] + 12] = len(profile).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        profile += content + bytes(-len(content) % 4)
+    profile[:4] = len(profile).to_bytes(4, "big")
+    return bytes(profile)
+
+
+@pytest.mark.parametrize(("mode", "image_format"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("RGB", "JPEG")])
+def test_colours_are_those_that_browsers_show(mode, image_format):
+    """A gamma of 1: what is stored as 128 is seen as 188."""
+    image = PILImage.new("RGB", (32, 32), (128, 64, 200))
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    seen = [round(255 * (1.055 * (value / 255) ** (1 / 2.4) - 0.055)) for value in (128, 64, 200)]
+    for options, expected in (({"icc_profile": profile_of(1.0)}, seen), ({}, [128, 64, 200])):
+        pixels = np.asarray(decode_image(encode(image, image_format, **options)), int)
+        assert np.abs(pixels[16, 16] - expected).max() <= 3
+
+
+def test_an_srgb_profile_changes_nothing():
+    image = random_image(np.random.default_rng(0))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(decode_image(encode(image, icc_profile=profile)), image)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_a_profile_of_another_kind_of_colour_is_ignored(mode):
+    image = PILImage.new("L", (32, 32), 100).convert(mode)
+    data = encode(image, "TIFF", icc_profile=profile_of(1.0))
+    assert np.abs(np.asarray(decode_image(data), int) - np.asarray(image.convert("RGB"), int)).max() <= 2
+
+
+def test_two_files_of_one_picture_do_not_teach_their_profiles():
+    seen = np.asarray(decode_image(encode(PILImage.new("RGB", (32, 32), (55,) * 3), icc_profile=profile_of(1.0))))
+    level = int(seen[0, 0, 0])
+    assert np.array_equal(decode_image(encode(PILImage.new("RGB", (32, 32), (level,) * 3))), seen) and level > 120

@@ -30,10 +30,14 @@ HELPERS = {  # and what each may import of the others
     "training_utils.py": {"inversion_utils", "training_options"},
 }
 TOOLS = sorted(file.name for file in (ROOT / "examples").glob("*.py") if "def parse_args" in file.read_text())
-READMES = {name: (ROOT / name).read_text() for name in ("README.md", "examples/README.md")}
+PAGES = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "examples" / "docs").glob("*.md"))
+READMES = {name: (ROOT / name).read_text() for name in ("README.md", "examples/README.md", *PAGES)}
 SNIPPETS = [code for text in READMES.values() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
-LAUNCHER = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--config_file"}
-NOT_OFFERED = {"--lora_alpha", "--scale_lr", "--allow_tf32", "--logging_dir", "--hub_token"}  # which the README says
+LAUNCHER = {
+    "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--config_file",
+    "--nnodes", "--requeue", "--signal",
+}  # fmt: skip
+NOT_OFFERED = {"--lora_alpha", "--scale_lr", "--allow_tf32", "--logging_dir", "--hub_token", "--save_best"}
 TOP_LEVEL = {
     *SCRIPTS, *HELPERS, "requirements.txt", "constraints.txt", "README.md", "examples", "tests",
     "LICENSE", "pyproject.toml", ".ci", ".gitignore",
@@ -107,7 +111,7 @@ def test_nothing_is_left_to_be_done():
 
 
 def commands():
-    """The invocations of scripts and tools in both READMEs, as (program, options)."""
+    """The invocations of scripts and tools in READMEs and pages, as (program, options)."""
     found = []
     for text in READMES.values():
         lines = re.sub(r"\\\n\s*", " ", text).splitlines()
@@ -130,7 +134,13 @@ def parse(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), commands(), ids=lambda value: value if isinstance(value, str) else "")
-def test_the_readmes_commands_parse(name, options):
+def test_the_readmes_commands_parse(name, options, tmp_path, monkeypatch):
+    """In the repository, beside the folders that are asked for at once."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("my-candidates", "small/lora"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "small/lora/pytorch_lora_weights.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
     assert parse(name, options)
 
 
@@ -153,6 +163,12 @@ def test_options_named_in_the_readmes_exist():
         assert set(re.findall(r"(?<![\w-])--[a-z]\w*", text)) <= known, name
 
 
+def test_what_is_not_offered_is_listed_once():
+    assert set(re.findall(r"--[a-z]\w*", READMES["README.md"])) >= NOT_OFFERED
+    for name in NOT_OFFERED:
+        assert sum(text.count(name) for text in READMES.values()) == 1, name
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_links_lead_somewhere_and_no_figure_is_missing(name):
     for target in re.findall(r"\]\(([^)\s]+)\)", READMES[name]):
@@ -167,8 +183,16 @@ def test_links_lead_somewhere_and_no_figure_is_missing(name):
 
 
 def test_the_readme_is_what_a_user_reads_first():
-    assert len(READMES["README.md"].splitlines()) <= 300
-    assert (ROOT / "README.md").stat().st_size <= 20 * 1024
+    assert len(READMES["README.md"].splitlines()) <= 230
+    assert (ROOT / "README.md").stat().st_size <= 18_000
+
+
+def test_every_page_and_file_of_options_is_in_the_index():
+    index = READMES["examples/README.md"]
+    assert all(name.removeprefix("examples/") in index for name in PAGES) and "configs/" in index
+    recipes = READMES["examples/docs/recipes.md"]
+    assert all(file.name in recipes for file in (ROOT / "examples" / "configs").glob("*.yaml"))
+    assert all(name in index for name in TOOLS)
 
 
 @pytest.mark.parametrize("snippet", [code for code in SNIPPETS if "invert(" in code])

@@ -137,6 +137,7 @@ RECORD = {
         "pretrained_model_name_or_path": "somebody/model", "dataset_name": "somebody/pairs", "train_data_dir": None,
         "objective": "inpo", "resolution": 512, "validation_lora_scales": [0.0, 0.7],
         "output_kohya_format": True, "lora_init": "somebody/lora", "reference": "init",
+        "prediction_type": "v_prediction",
     },
 }  # fmt: skip
 
@@ -148,6 +149,7 @@ def test_a_base_and_data_on_the_hub_are_linked():
         "pipe.load_lora_weights('me/lora', " in card.text and f"`{KOHYA_FILE}`" in card.text and "# lora" in card.text
     )
     assert "import StableDiffusionXLPipeline\n" in card.text
+    assert "pipe.scheduler.register_to_config(prediction_type='v_prediction')\n" in card.text
 
 
 def test_prompts_and_commands_cannot_break_the_card():

@@ -1,7 +1,9 @@
 """examples/sample_pairs.py: pairs from two models' pictures of the same prompts and seeds."""
 
 import io
+import sys
 import weakref
+from pathlib import Path
 
 import make_pairs
 import numpy as np
@@ -120,9 +122,9 @@ def test_one_model_at_a_time_is_in_memory(sample, monkeypatch):
     alive = []
     load = sample_pairs.load_pipeline
 
-    def watched(*args):
+    def watched(*args, **options):
         assert not any(reference() for reference in alive)
-        pipeline = load(*args)
+        pipeline = load(*args, **options)
         alive.append(weakref.ref(pipeline.unet))
         return pipeline
 
@@ -177,6 +179,60 @@ def test_what_cannot_be_ranked_is_left_out_and_counted(sample, tiny_model, tmp_p
     assert pair.captions == ["b"] and pixels(pair.winner).max() == 6
     printed = capsys.readouterr().out
     assert "3 left out, 2 with fewer than two usable pictures, 1 of equal scores" in printed
+
+
+def test_models_and_loras_that_are_not_there_are_told_with_the_nearest_name(
+    refused, tiny_model, tmp_path, monkeypatch
+):
+    load_config = make_pairs.DiffusionPipeline.load_config
+
+    def local(model, **options):
+        assert Path(model).exists(), "it was looked for on the Hub"
+        return load_config(model, **options)
+
+    monkeypatch.setattr(make_pairs.DiffusionPipeline, "load_config", local)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA_FILE).write_bytes(b"")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").symlink_to(tiny_model)
+    for option, typed, near in (
+        ("winner_model", "models/mien", "models/mine"),
+        ("loser_model", "models/mien", "models/mine"),
+        ("winner_lora", "loar", "lora"),
+        ("loser_lora", f"lora/{LORA_FILE[:-1]}", f"lora/{LORA_FILE}"),
+        ("prompts", "promts.txt", "prompts.txt"),
+    ):
+        line = refused(**{option: tmp_path / typed})
+        assert line.startswith(f"--{option} {tmp_path / typed}: ") and f"did you mean {tmp_path / near}?" in line
+    line = refused(**{**ONE_MODEL, "model": tiny_model, "scorer": f"clip={tmp_path}/models/mien"})
+    assert "--scorer" in line and f"did you mean {tmp_path / 'models' / 'mine'}?" in line
+
+
+def test_a_variant_of_the_weights_is_named_and_read(sample, refused, tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    pair = {"winner_model": tmp_path / "half", "loser_model": tmp_path / "half"}
+    lora = tmp_path / "lora"
+    pipeline = build_pipeline()
+    for weight in add_lora(pipeline.unet, 4):
+        torch.nn.init.normal_(weight)
+    write_lora(lora / LORA_FILE, lora_weights(pipeline.unet), "unet")
+    line = refused(**pair, winner_lora=lora)
+    assert line.startswith(f"--winner_model {tmp_path / 'half'}: ") and "--variant fp16" in line
+    assert read_back(sample(**pair, winner_lora=lora, variant="fp16", lines=["a cat"]))
+
+
+def test_a_models_vae_is_named_where_it_is_at_fault(refused, tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    assert f"--loser_model {tmp_path / 'model'}: its vae " in refused(loser_model=tmp_path / "model")
+
+
+@pytest.mark.parametrize("console", ["cp1252", "ascii"])
+def test_a_console_that_cannot_show_a_name_ends_nothing(console, sample, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=console, write_through=True))
+    assert read_back(sample(lines=["a cat"], output="日本"))
+    assert "\\u65e5" in raw.getvalue().decode(console)
 
 
 def test_bad_input_is_refused_before_weights_load(refused, tiny_model, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import small_world
 import torch
 from conftest import build_parts, random_image, write_parquet
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import AutoConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 PROMPTS = ["a red circle", "a blue square", "a green heart"]
 
@@ -118,6 +118,24 @@ def test_prompts_are_lines_names_and_columns(tmp_path):
     for name in ("everyday", "people", "composition"):
         prompts = prompt_sources.read_prompts(name)
         assert len(prompts) == len(set(prompts)) >= 20
+
+
+def test_what_was_meant_is_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "data").mkdir()
+    for spec, meant in (
+        ("promts.txt", "prompts.txt"), (f"{tmp_path}/promts.txt", f"{tmp_path}/prompts.txt"),
+        ("everyda", "everyday"), (f"{tmp_path}/dat:text", f"{tmp_path}/data"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"did you mean {meant}\\?"):
+            prompt_sources.read_prompts(spec)
+    (tmp_path / "prompts.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match="Latin-1"):
+        prompt_sources.read_prompts("prompts.txt")
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("it was looked for on the Hub"))
+    with pytest.raises(ValueError, match=f"did you mean {tmp_path}/data\\?"):
+        scorers.check_scorer(f"clip={tmp_path}/dtaa")
 
 
 @pytest.mark.parametrize("spec", ["nothing.txt", "empty.txt", "bytes.txt", "data:nothing", "no/such:text", "parti"])

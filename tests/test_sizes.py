@@ -32,8 +32,10 @@ def lines_of(*names):
 def test_a_script_and_its_helpers_can_be_read_in_one_sitting():
     """They had 3,676 lines when each form of data, cache and report had code of its own, and 2,901 when a second way
     of doing things had come back. What is a tool's belongs into examples/, and what a library does is left to it.
-    Counted together, since nothing gets shorter by being moved. Raise a limit only for what every run needs."""
-    assert lines_of("train_inversion_dpo.py", *HELPERS) <= 2600
+    Counted together, since nothing gets shorter by being moved. Raise a limit only for what every run needs. It was
+    2,600 before models were read for missing weights and a wrong prediction type, mistyped options and paths were
+    guessed, colour profiles counted, errors in the loop cost no step, and the log told the stages."""
+    assert lines_of("train_inversion_dpo.py", *HELPERS) <= 2820
     assert lines_of("inversion_utils.py") <= 470  # the method
 
 
@@ -61,6 +63,6 @@ def test_options_are_read_before_anything_slow_is_imported(script):
     """A mistyped option cost 14 CPU seconds. Libraries that warn when they are imported would hide the one line."""
     code, output, errors, imported = run(script, "--help")
     assert (code, errors) == (0, []) and output.startswith("usage: ") and not imported & SLOW
-    assert sum(line.startswith("  --") for line in output.splitlines()) <= 80  # options
+    assert sum(line.startswith("  --") for line in output.splitlines()) <= 82  # options
     code, output, errors, imported = run(script, "--learning_rat", "1")
     assert (code, output) == (2, "") and ": error: " in errors[-1] and not imported & SLOW

@@ -1,6 +1,8 @@
 """The quickstart's world and its trained model: the judges judge rightly, and a real, trained model learns."""
 
 import io
+import shutil
+import sys
 from pathlib import Path
 
 import benchmark
@@ -12,6 +14,7 @@ import pytest
 import small_world
 import torch
 import train_small_world
+from conftest import write_json
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
@@ -39,6 +42,55 @@ def pairs_folder(tmp_path_factory):
     make_pairs.main(make_pairs.parse_args(["--model", MODEL, "--preference", "area", "--output_dir", str(folder),
                                            "--num_pairs", "32"]))  # fmt: skip
     return folder
+
+
+@pytest.mark.parametrize("console", ["cp1252", "ascii"])
+def test_a_console_that_cannot_show_a_name_ends_nothing(console, tmp_path, monkeypatch):
+    raw, pairs = io.BytesIO(), tmp_path / "日本"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=console, write_through=True))
+    quick = ["--num_pairs", "2", "--num_inference_steps", "1", "--output_dir", str(pairs)]
+    make_pairs.main(make_pairs.parse_args(["--model", MODEL, "--preference", "area", *quick]))
+    assert (pairs / "train.parquet").exists() and "\\u65e5" in raw.getvalue().decode(console)
+
+
+@pytest.mark.parametrize("program", [make_pairs, evaluate])
+def test_folders_that_are_not_there_are_told_with_the_nearest_name(program, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(MODEL)
+    (tmp_path / "aligned").mkdir()
+    (tmp_path / "aligned" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    typed = [("--model", "modle", "model"), ("--lora", "alinged", "aligned")][: 1 + (program is evaluate)]
+    for option, name, near in typed:
+        words = {"--model": "model", "--preference": "area", "--output_dir": "out"}
+        words |= {"--lora": "aligned"} if program is evaluate else {}
+        with pytest.raises(SystemExit) as stop:
+            program.parse_args([word for pair in (words | {option: name}).items() for word in pair])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and option in line and f"did you mean {tmp_path / near}?" in line
+
+
+@pytest.mark.parametrize("program", [make_pairs, evaluate])
+def test_a_file_for_a_folder_is_told_before_pictures_are_sampled(program, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    argv = ["--model", MODEL, "--preference", "area", "--output_dir", str(tmp_path / "file")]
+    with pytest.raises(SystemExit) as stop:
+        program.parse_args([*argv, *(["--lora", MODEL] if program is evaluate else [])])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "--output_dir" in line and "is a file" in line
+
+
+@pytest.mark.parametrize("program", [make_pairs, evaluate])
+def test_a_model_that_cannot_be_loaded_ends_with_one_line(program, tmp_path, capsys):
+    shutil.copytree(MODEL, tmp_path / "model")
+    write_json(tmp_path / "model" / "unet" / "config.json", block_out_channels=[8, 8, 8])
+    argv = ["--model", tmp_path / "model", "--preference", "area", "--output_dir", tmp_path / "out"]
+    if program is evaluate:
+        (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+        argv += ["--lora", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        program.main(program.parse_args(list(map(str, argv))))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"error: --model {tmp_path / 'model'}: " in line
 
 
 def test_every_shape_and_colour_is_recognised():

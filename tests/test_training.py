@@ -1,6 +1,8 @@
 """What a run can be trusted with: its LoRA, its checkpoints, its folder, and the signals that stop it."""
 
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 from functools import partial
@@ -9,9 +11,11 @@ import pytest
 import soak
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils.other import load as accelerate_load
 from conftest import assert_same, build_pipeline, logged, lora
 
+import train_inversion_dpo
 import training_utils
 from inversion_utils import backward_in_chunks, preference_loss
 from training_utils import (
@@ -269,7 +273,7 @@ def test_the_soak_knows_in_which_phase_it_kills(tmp_path):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", StopSignal.NUMBERS, ids=lambda number: number.name)
 def test_the_first_signal_is_remembered_and_the_second_one_acts_as_before(number):
     lines, ends = [], []
     previous = signal.signal(number, lambda *args: ends.append(args))
@@ -282,3 +286,87 @@ def test_the_first_signal_is_remembered_and_the_second_one_acts_as_before(number
         assert len(ends) == 1 and len(lines) == 1
     finally:
         signal.signal(number, previous)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopSignal(pytest.fail)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == 0
+        stop.restore()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+# Errors in the loop
+
+
+def failing(call, at):
+    """Returns a call that fails the `at`-th time, before it does anything."""
+    count = itertools.count(1)
+
+    def fails(*args, **options):
+        if next(count) == at:
+            raise RuntimeError("out of memory, say")
+        return call(*args, **options)
+
+    return fails
+
+
+@pytest.mark.parametrize("where", ["backward", "log"])
+def test_an_error_between_steps_costs_no_step(train, tmp_path, monkeypatch, caplog, where):
+    """What was trained is saved, the log says so, and the run that goes on from there is the whole one."""
+    options = {**QUICK, "max_train_steps": 4, "random_flip": True, "lr_scheduler": "linear"}
+    options["dataloader_num_workers"] = 1
+    whole = lora(train("whole", **options))
+    monkeypatch.setattr(Accelerator, where, failing(getattr(Accelerator, where), 3))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train("broken", **options)
+    monkeypatch.undo()
+    step = {"backward": 2, "log": 3}[where]
+    assert [folder.name for folder in (tmp_path / "broken").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert any(f"go on from checkpoint-{step}" in record.getMessage() for record in caplog.records)
+    assert_same(lora(train("broken", **options, **LATEST)), whole)
+
+
+def test_an_error_within_a_step_names_the_last_checkpoint(train, tmp_path, monkeypatch, caplog):
+    """Half a step is in the weights then, and they are not saved."""
+    monkeypatch.setattr(AcceleratedOptimizer, "step", failing(AcceleratedOptimizer.step, 3))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(**QUICK, max_train_steps=4, checkpointing_steps=1)
+    assert {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert any("go on from checkpoint-2" in record.getMessage() for record in caplog.records)
+
+
+def test_a_killed_worker_costs_no_step(train, tmp_path, monkeypatch, caplog):
+    options = {**QUICK, "max_train_steps": 4, "dataloader_num_workers": 1}
+    whole = lora(train("whole", **options))
+    add_metrics = training_utils.add_metrics
+
+    def kill(file, *rows, **rest):
+        add_metrics(file, *rows, **rest)
+        if [row.get("step") for row in rows] == [2]:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    monkeypatch.setattr(training_utils, "add_metrics", kill)
+    with pytest.raises((RuntimeError, ConnectionError)):
+        train("broken", **options)
+    monkeypatch.undo()
+    assert any("go on from checkpoint-" in record.getMessage() for record in caplog.records)
+    assert_same(lora(train("broken", **options, **LATEST)), whole)
+
+
+def test_a_run_without_one_good_step_fails(train, tmp_path, monkeypatch):
+    preference_loss = train_inversion_dpo.preference_loss
+
+    def spoilt(*args):
+        loss, metrics = preference_loss(*args)
+        return loss * float("nan"), metrics
+
+    monkeypatch.setattr(train_inversion_dpo, "preference_loss", spoilt)
+    with pytest.raises(RuntimeError, match="2 bad steps in a row"):
+        train(**QUICK, max_train_steps=2)
+    assert not (tmp_path / "run" / LORA_FILE).exists()
