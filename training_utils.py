@@ -257,7 +257,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
             if image.format != "TIFF" and image.getexif().get(0x0112, 1) > 4:  # it lies on its side; PIL turns a TIFF
                 size = size[::-1]
             image = ImageOps.exif_transpose(image)
-        image = to_srgb(image)
+        has_profile, image = "icc_profile" in image.info, to_srgb(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -265,7 +265,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     except Exception as error:  # PIL raises nearly every kind on damaged files
         message = re.sub(r" <_io.BytesIO[^>]*>", "", one_line(error))
         raise BadRow(f"unreadable image: {message}") from error
-    image.info = {"original_size": size}
+    image.info = {"original_size": size, "has_profile": has_profile}
     return image
 
 

@@ -23,7 +23,6 @@ Overhead is the share of a step that is neither U-Net, VAE, text encoder, backwa
 more step, in which the device waits for each of them.
 """
 
-import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -43,48 +42,63 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from benchmark_input import write_pairs
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from train_small_world import MAX_TOKENS, make_text_encoder, make_tokenizer, make_unet, make_vae
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_inversion_dpo
-import train_inversion_dpo_sdxl
-import training_utils
-from inversion_utils import alpha_sigma, prediction_error, preference_loss, sample_timesteps
-from training_options import number
-from training_utils import (
-    PreferenceDataset,
-    RunningMeans,
-    add_lora,
-    collate,
-    load_pairs,
-    reference_policy,
-    visit_batches,
-)
+from training_options import Parser, number
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RESOLUTIONS = {"tiny": 64, "sd15": 512, "sdxl": 1024}
 CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 CALLS = ("predict_noise", "encode_images", "encode_prompts")  # the script's functions that call a model
 
 
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        options: the training script's; "{folder}" in them becomes the run's own folder, "{nodes}" the benchmark's
+            --inversion_dpo_steps.
+        rival: (benchmark's options) -> a step (models, batch) instead of the script's own, or None.
+        warmup: steps that come before the measured ones.
+    """
+
+    options: list[str]
+    rival: Callable | None = None
+    warmup: int = 1
+
+
+CACHED = ["--inversion_cache_dir", "{folder}/cache", "--cached_draws", "1"]
+AS_MANY_NODES = ["--objective", "inversion_dpo", "--inversion_steps", "{nodes}"]
+ON_REQUEST = ("inpo, compiled",)  # compiling takes minutes on a CPU
+
+METHODS = {
+    "diffusion_dpo": Method(["--objective", "diffusion_dpo"]),
+    "inpo": Method(["--objective", "inpo"]),
+    "inversion_dpo": Method(["--objective", "inversion_dpo"]),
+    "inversion_dpo, chunks of 1": Method(["--objective", "inversion_dpo", "--trajectory_chunk", "1"]),
+    "inversion_dpo, as many nodes": Method(AS_MANY_NODES),
+    "inversion_dpo, all nodes": Method(
+        [*AS_MANY_NODES, "--timesteps_per_pair", "{nodes}", "--trajectory_chunk", "1"]
+    ),
+    "diffusion_dpo, cached": Method(["--objective", "diffusion_dpo", *CACHED]),
+    "inpo, cached": Method(["--objective", "inpo", *CACHED]),
+    "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED]),
+    "inpo, compiled": Method(["--objective", "inpo", "--compile"], warmup=2),
+    "published_inpo": Method([], lambda args: partial(published_inpo, num_steps=args.inpo_steps)),
+    "published_inversion_dpo": Method(
+        [], lambda args: partial(published_inversion_dpo, num_steps=args.inversion_dpo_steps)
+    ),
+}  # fmt: skip
+
+
 def parse_args(argv=None):
     path = os.path.expanduser
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     count, default_methods = number(int, least=1), [name for name in METHODS if name not in ON_REQUEST]
     add = parser.add_argument
-    add("--model", choices=FAMILIES, default="tiny", help="size of the random model")
+    add("--model", choices=RESOLUTIONS, default="tiny", help="size of the random model")
     add("--resolution", type=int, help="pixels of a side (64 for tiny, 512 for sd15, 1024 for sdxl)")
     add("--train_batch_size", type=count, default=1, help="pairs a step")
-    add("--mixed_precision", default="no", choices=DTYPES, help="of the frozen parts")
+    add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="of the frozen parts")
     add("--rounds", type=count, default=3, help="runs of each method; more are steadier")
     add("--steps", type=count, default=2, help="measured steps of each run; more are steadier")
     add("--methods", nargs="+", choices=METHODS, default=default_methods, help="rows (all but 'inpo, compiled')")
@@ -97,18 +111,47 @@ def parse_args(argv=None):
         help="after --: options of the training script; of those that change a step's cost, the published_ rows know "
         "--gradient_checkpointing, --use_8bit_adam and --rank")  # fmt: skip
     args = parser.parse_args(argv)
-    args.resolution = FAMILIES[args.model].resolution if args.resolution is None else args.resolution
+    args.resolution = RESOLUTIONS[args.model] if args.resolution is None else args.resolution
     if args.resolution < 8 or args.resolution % 8:
         parser.error(f"--resolution is {args.resolution}; allowed: multiples of 8, the VAE's factor")
-    if args.mixed_precision == "fp16" and DEVICE == "cpu":
-        parser.error("--mixed_precision fp16 needs a GPU, which this machine does not have; use bf16 or no")
     if any(option.startswith("--gradient_accumulation_steps") for option in args.train_options):
         parser.error("--gradient_accumulation_steps: a step is measured, which is one batch; see --train_batch_size")
     if args.output and not Path(args.output).resolve().parent.is_dir():
         parser.error(f"--output {args.output}: no such folder")
     if args.output and Path(args.output).exists():
         parser.error(f"--output {args.output} exists; name a new file")
-    return args
+    return args, parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from benchmark_input import write_pairs
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from train_small_world import MAX_TOKENS, make_text_encoder, make_tokenizer, make_unet, make_vae
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import train_inversion_dpo
+import train_inversion_dpo_sdxl
+import training_utils
+from inversion_utils import alpha_sigma, prediction_error, preference_loss, sample_timesteps
+from training_utils import (
+    PreferenceDataset,
+    RunningMeans,
+    add_lora,
+    collate,
+    load_pairs,
+    reference_policy,
+    visit_batches,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # 1  Models and data
@@ -120,7 +163,6 @@ class Family(NamedTuple):
     SDXL's VAE overflows in half precision and stays in float32.
     """
 
-    resolution: int
     max_tokens: int
     text_encoders: list[Callable[[], torch.nn.Module]]
     vae: Callable[[], torch.nn.Module]
@@ -148,9 +190,9 @@ make_sdxl_unet = partial(
     addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
 )  # fmt: skip
 FAMILIES = {
-    "tiny": Family(64, MAX_TOKENS, [lambda: make_text_encoder(make_tokenizer())], make_vae, make_unet),
-    "sd15": Family(512, 77, [make_clip_l], make_full_vae, make_sd15_unet),
-    "sdxl": Family(1024, 77, [make_clip_l, make_clip_g], make_full_vae, make_sdxl_unet, has_float32_vae=True),
+    "tiny": Family(MAX_TOKENS, [lambda: make_text_encoder(make_tokenizer())], make_vae, make_unet),
+    "sd15": Family(77, [make_clip_l], make_full_vae, make_sd15_unet),
+    "sdxl": Family(77, [make_clip_l, make_clip_g], make_full_vae, make_sdxl_unet, has_float32_vae=True),
 }
 
 
@@ -304,45 +346,6 @@ def train_rival(script, options, step, end_step):
 
 
 # 3  What is measured
-
-
-class Method(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        options: the training script's; "{folder}" in them becomes the run's own folder, "{nodes}" the benchmark's
-            --inversion_dpo_steps.
-        rival: (benchmark's options) -> a step (models, batch) instead of the script's own, or None.
-        warmup: steps that come before the measured ones.
-    """
-
-    options: list[str]
-    rival: Callable | None = None
-    warmup: int = 1
-
-
-CACHED = ["--inversion_cache_dir", "{folder}/cache", "--cached_draws", "1"]
-AS_MANY_NODES = ["--objective", "inversion_dpo", "--inversion_steps", "{nodes}"]
-ON_REQUEST = ("inpo, compiled",)  # compiling takes minutes on a CPU
-
-METHODS = {
-    "diffusion_dpo": Method(["--objective", "diffusion_dpo"]),
-    "inpo": Method(["--objective", "inpo"]),
-    "inversion_dpo": Method(["--objective", "inversion_dpo"]),
-    "inversion_dpo, chunks of 1": Method(["--objective", "inversion_dpo", "--trajectory_chunk", "1"]),
-    "inversion_dpo, as many nodes": Method(AS_MANY_NODES),
-    "inversion_dpo, all nodes": Method(
-        [*AS_MANY_NODES, "--timesteps_per_pair", "{nodes}", "--trajectory_chunk", "1"]
-    ),
-    "diffusion_dpo, cached": Method(["--objective", "diffusion_dpo", *CACHED]),
-    "inpo, cached": Method(["--objective", "inpo", *CACHED]),
-    "inversion_dpo, cached": Method(["--objective", "inversion_dpo", *CACHED]),
-    "inpo, compiled": Method(["--objective", "inpo", "--compile"], warmup=2),
-    "published_inpo": Method([], lambda args: partial(published_inpo, num_steps=args.inpo_steps)),
-    "published_inversion_dpo": Method(
-        [], lambda args: partial(published_inversion_dpo, num_steps=args.inversion_dpo_steps)
-    ),
-}  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -562,7 +565,9 @@ def table(figures_by_method):
     return "\n".join(lines)
 
 
-def main(args):
+def main(args, error):
+    if args.mixed_precision == "fp16" and DEVICE == "cpu":
+        error("--mixed_precision fp16 needs a GPU, which this machine does not have; use bf16 or no")
     runs = {method: [] for method in args.methods}
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(f"{folder}/pairs", args.resolution, args.train_batch_size)
@@ -583,8 +588,8 @@ def main(args):
     if args.output:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         record = {"device": device, **vars(args), "versions": versions, "figures": found}
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*args_and_error)

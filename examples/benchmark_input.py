@@ -18,16 +18,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from datasets import Dataset
-from PIL import Image
-from train_small_world import make_tokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_inversion_dpo
 from training_options import number, printable
-from training_utils import PreferenceDataset, collate, decode_image, load_pairs, resize_and_crop, visit_batches
 
 
 def parse_args(argv=None):
@@ -42,6 +34,19 @@ def parse_args(argv=None):
     add("--num_pairs", type=count, default=200, help="pairs to deliver; more are steadier")
     add("--output", type=path, help="also write the figures to this file, as JSON")
     return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_rest = parse_args()
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from train_small_world import make_tokenizer
+
+import train_inversion_dpo
+from training_utils import PreferenceDataset, collate, decode_image, load_pairs, resize_and_crop, visit_batches
 
 
 def write_pairs(folder, image_size, num_pairs=32):
@@ -99,8 +104,7 @@ def cost_of_a_pair(dataset, count=20):
     return parts
 
 
-def main(argv=None):
-    args, training_options = parse_args(argv)
+def main(args, training_options):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if not {"--dataset_name", "--train_data_dir"} & {option.split("=")[0] for option in training_options}:
@@ -128,8 +132,8 @@ def main(argv=None):
         for name, value in values.items():
             print(f"  {name:<16} {value:8.1f}")
     if args.output:
-        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_rest)

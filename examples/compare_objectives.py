@@ -26,7 +26,6 @@ Tuning trains from a cache that its runs share, which costs half as much; its co
 less from a cache, so the learning rate that is best there may not be the best without.
 """
 
-import argparse
 import csv
 import io
 import itertools
@@ -40,17 +39,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import benchmark
-import damage
-import evaluate
-import make_pairs
-import numpy as np
 import small_world
-import torch
-from benchmark import train_inversion_dpo, training_utils
 
-from training_options import number
-from training_utils import LORA_FILE, lora_weights, write_lora, write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, number
 
 
 class Setting(NamedTuple):
@@ -61,18 +53,6 @@ class Setting(NamedTuple):
     learning_rate: float
     beta: float
     draws: int = 0  # a pair, in a cache; 0: no cache
-
-
-class FlippedApart(benchmark.PreferenceDataset):
-    """Winner and loser flipped independently, as diffusers' DPO script for Stable Diffusion does it."""
-
-    def __getitem__(self, key_and_place):
-        example = super().__getitem__(key_and_place)
-        flips = np.random.default_rng([self.seed, 7, *key_and_place[0]]).random(2) < 0.5
-        pixels = [
-            image.flip(-1) if flip else image for image, flip in zip(example["pixel_values"], flips, strict=True)
-        ]
-        return {**example, "pixel_values": torch.stack(pixels)}
 
 
 METHODS = {  # name -> options of the training script; two rivals are re-created, see `train`
@@ -86,7 +66,6 @@ SCRIPT_BETA = 5000.0  # diffusers' default is 2500, without the half that our be
 LEARNING_RATES, BETAS = (3e-4, 6e-4, 1.2e-3), (250.0, 500.0, 1000.0)
 BANDS = (0, 300, 600)
 LIMITS = (0.02, 0.05, 0.1)  # of damage
-LIMIT = evaluate.MAX_DAMAGE
 GOALS = {"area": 0.02, "sharpness": 0.02, "tone": 0.1}  # gains within LIMIT, whose cost is reported
 TUNING_SCALES, TUNING_DRAWS = (0.125, 0.25, 0.5, 1.0), 4
 QUICK = {  # what --quick changes
@@ -98,14 +77,84 @@ UNCACHED = ("diffusers_script", "published_inpo")
 PICTURE_SEEDS = {"final": 0, "tune": 1}
 # What all runs of a folder share, beside the pairs and the meter
 SETTINGS = ("model", "num_pairs", "train_batch_size", "num_images", "lengths", "scales")
+
+
+def settings_to_tune(args, method, band):
+    """The grid of a method; none in a band for which its code has no option."""
+    if method in UNCACHED and band:
+        return []
+    betas = (SCRIPT_BETA,) if method == "diffusers_script" else args.betas
+    draws = 0 if method in UNCACHED else TUNING_DRAWS
+    grid = itertools.product(args.learning_rates, betas)
+    return [Setting(method, band, *values, draws) for values in grid]
+
+
+def parse_args(argv=None):
+    path, count, steps = os.path.expanduser, number(int, least=1), number(int, least=2)
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", type=path, required=True, help="Folder of the small world's pipeline")
+    add("--output_dir", type=path, required=True, help="Folder for pairs, runs.csv, table and plots")
+    add("--quick", action="store_true", help="A subset that takes 15 minutes: no tuning, one seed, area")
+    add("--preferences", nargs="+", default=list(small_world.PREFERENCES), choices=small_world.PREFERENCES)
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    band, positive = number(int, least=0, most=999), number(float, above=0)
+    add("--bands", nargs="+", type=band, default=list(BANDS), help="Lowest training timesteps")
+    add("--learning_rates", nargs="+", type=positive, default=list(LEARNING_RATES), help="To choose from")
+    add("--betas", nargs="+", type=positive, default=list(BETAS), help="To choose from")
+    add("--draws", nargs="*", type=count, default=[1, 4], help="Cached draws a pair")
+    add("--rungs", nargs="*", type=steps, default=[30, 90], help="Steps of the rounds of tuning; none: no tuning")
+    add("--lengths", nargs="+", type=steps, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
+    add("--scales", nargs="+", type=positive, default=[0.125, 0.25, 0.5, 0.75, 1.0, 1.25], help="Of the LoRA")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
+    add("--num_pairs", type=count, default=256, help="Sampled; up to a fifth is left out to balance them")
+    add("--train_batch_size", type=count, default=16, help="Pairs a step")
+    add("--num_images", type=count, default=128, help="Pictures of an evaluation")
+    add("--workers", type=count, default=2, help="Runs at a time, a core each")
+    parser.set_defaults(**QUICK if parser.parse_known_args(argv)[0].quick else {})
+    args = parser.parse_args(argv)
+    args.lengths = sorted(args.lengths)
+    if not args.rungs and len(args.learning_rates) * len(args.betas) > 1:
+        parser.error("--learning_rates and --betas: one of each without --rungs, which choose")
+    if not any(settings_to_tune(args, method, band) for method in args.methods for band in args.bands):
+        parser.error(f"--methods {' '.join(args.methods)}: have no option for --bands; add 0")
+    return args, parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import benchmark
+import damage
+import evaluate
+import make_pairs
+import numpy as np
+import torch
+from benchmark import train_inversion_dpo, training_utils
+
+from training_utils import LORA_FILE, lora_weights, write_lora, write_whole
+
+LIMIT = evaluate.MAX_DAMAGE
 CONSTANTS = {
-    "sharper_winners": make_pairs.SHARPER_WINNERS, "sampling": make_pairs.SAMPLING,
+    "sharper_winners": make_pairs.SHARPER_WINNERS, "sampling": small_world.SAMPLING,
     "size_slope": damage.SIZE_SLOPE, "edge_slope": damage.EDGE_SLOPE, "tuning_scales": list(TUNING_SCALES),
 }  # fmt: skip
 COLUMNS = (
     "stage", "preference", "seed", *Setting._fields, "steps", "step", "seconds", "calls", "scale", "gain", "damage",
     "distance_ratio", "sharpness_ratio", "captions_obeyed", *(f"drift_{name}" for name in small_world.PREFERENCES),
 )  # fmt: skip
+
+
+class FlippedApart(benchmark.PreferenceDataset):
+    """Winner and loser flipped independently, as diffusers' DPO script for Stable Diffusion does it."""
+
+    def __getitem__(self, key_and_place):
+        example = super().__getitem__(key_and_place)
+        flips = np.random.default_rng([self.seed, 7, *key_and_place[0]]).random(2) < 0.5
+        pixels = [
+            image.flip(-1) if flip else image for image, flip in zip(example["pixel_values"], flips, strict=True)
+        ]
+        return {**example, "pixel_values": torch.stack(pixels)}
 
 
 # One run
@@ -390,23 +439,13 @@ def race(runs):
 # The program
 
 
-def settings_to_tune(args, method, band):
-    """The grid of a method; none in a band for which its code has no option."""
-    if method in UNCACHED and band:
-        return []
-    betas = (SCRIPT_BETA,) if method == "diffusers_script" else args.betas
-    draws = 0 if method in UNCACHED else TUNING_DRAWS
-    grid = itertools.product(args.learning_rates, betas)
-    return [Setting(method, band, *values, draws) for values in grid]
-
-
 class Runs:
     """The runs of an output folder: rows by (stage, preference, seed, setting, steps), kept in runs.csv."""
 
     def __init__(self, args):
         self.args, self.file, self.rows = args, Path(args.output_dir) / "runs.csv", {}
         if self.file.exists():
-            with self.file.open(newline="") as stream:
+            with self.file.open(encoding="utf-8", newline="") as stream:
                 for row in csv.DictReader(stream):
                     text = ("stage", "preference", "method")
                     row = {name: value if name in text else float(value) for name, value in row.items()}
@@ -438,7 +477,7 @@ class Runs:
                 rows = future.result()
                 self.add(rows)
                 is_new = not self.file.exists()
-                with self.file.open("a", newline="") as stream:
+                with self.file.open("a", encoding="utf-8", newline="") as stream:
                     writer = csv.DictWriter(stream, COLUMNS)
                     if is_new:
                         writer.writeheader()
@@ -453,49 +492,15 @@ class Runs:
         return num_failed
 
 
-def parse_args(argv=None):
-    path, count, steps = os.path.expanduser, number(int, least=1), number(int, least=2)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--model", type=path, required=True, help="Folder of the small world's pipeline")
-    add("--output_dir", type=path, required=True, help="Folder for pairs, runs.csv, table and plots")
-    add("--quick", action="store_true", help="A subset that takes 15 minutes: no tuning, one seed, area")
-    add("--preferences", nargs="+", default=list(small_world.PREFERENCES), choices=small_world.PREFERENCES)
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    band, positive = number(int, least=0, most=999), number(float, above=0)
-    add("--bands", nargs="+", type=band, default=list(BANDS), help="Lowest training timesteps")
-    add("--learning_rates", nargs="+", type=positive, default=list(LEARNING_RATES), help="To choose from")
-    add("--betas", nargs="+", type=positive, default=list(BETAS), help="To choose from")
-    add("--draws", nargs="*", type=count, default=[1, 4], help="Cached draws a pair")
-    add("--rungs", nargs="*", type=steps, default=[30, 90], help="Steps of the rounds of tuning; none: no tuning")
-    add("--lengths", nargs="+", type=steps, default=[30, 60, 120, 240], help="Steps after which finalists are judged")
-    add("--scales", nargs="+", type=positive, default=[0.125, 0.25, 0.5, 0.75, 1.0, 1.25], help="Of the LoRA")
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of pairs and training")
-    add("--num_pairs", type=count, default=256, help="Sampled; up to a fifth is left out to balance them")
-    add("--train_batch_size", type=count, default=16, help="Pairs a step")
-    add("--num_images", type=count, default=128, help="Pictures of an evaluation")
-    add("--workers", type=count, default=2, help="Runs at a time, a core each")
-    parser.set_defaults(**QUICK if parser.parse_known_args(argv)[0].quick else {})
-    args = parser.parse_args(argv)
-    args.lengths = sorted(args.lengths)
-    if not args.rungs and len(args.learning_rates) * len(args.betas) > 1:
-        parser.error("--learning_rates and --betas: one of each without --rungs, which choose")
-    if not any(settings_to_tune(args, method, band) for method in args.methods for band in args.bands):
-        parser.error(f"--methods {' '.join(args.methods)}: have no option for --bands; add 0")
-    file = Path(args.output_dir) / "settings.json"
-    if file.exists() and json.loads(file.read_text()) != shared_settings(args):
-        parser.error(
-            f"--output_dir {args.output_dir}: holds runs with other settings, see {file}; name another folder"
-        )
-    return args
-
-
 def shared_settings(args):
     return {**{name: getattr(args, name) for name in SETTINGS}, **CONSTANTS}
 
 
-def main(args):
+def main(args, error):
     output_dir = Path(args.output_dir)
+    file = output_dir / "settings.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != shared_settings(args):
+        error(f"--output_dir {args.output_dir}: holds runs with other settings, see {file}; name another folder")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(output_dir / "settings.json", json.dumps(shared_settings(args)).encode())
     prepare(args)
@@ -549,7 +554,7 @@ def main(args):
     if not uncached:
         sys.exit("No final run without a cache succeeded, see above")
     report = table(finals)
-    (output_dir / "table.md").write_text(report + "\n")
+    (output_dir / "table.md").write_text(report + "\n", encoding="utf-8")
     plot(uncached, output_dir / "frontier.png", frontier, "damage, %", "gain")
     plot(finals, output_dir / "time.png", race, "seconds of training on one core", f"gain within {LIMIT:.0%} damage")
     print(report)
@@ -558,4 +563,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*args_and_error)

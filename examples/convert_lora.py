@@ -15,13 +15,40 @@ weights, and alpha equals the rank. Of the model only the configurations of U-Ne
 another family of models is refused, as are kinds with other weights than a down- and an up-projection, such as LoHa.
 """
 
-import argparse
 import json
 import logging
 import os
 import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, number, one_line
+
+
+def parse_args(argv=None):
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s --pretrained_model_name_or_path M --lora L --format F --output O [options, see --help]",
+    )
+    path = os.path.expanduser
+    # fmt: off
+    add = parser.add_argument
+    add("--pretrained_model_name_or_path", type=path, required=True, help="model that the LoRA is for")
+    add("--lora", type=path, required=True, help="LoRA to convert: a file, a folder or a Hub id")
+    add("--scale", type=number(float, above=0), default=1.0,
+        help="what scale 1 of the output is to be, such as the scale that judge_lora.py recommends")
+    add("--format", choices=["diffusers", "kohya", "peft"], required=True, help="what to write")
+    add("--output", type=path, required=True, help="file to write, ending with .safetensors; a folder for peft")
+    add("--unet_only", action="store_true", help="leave out weights of text encoders, and bundled embeddings")
+    add("--revision", help="revision of the model on the Hub")
+    add("--cache_dir", type=path, help="folder for downloads")
+    # fmt: on
+    return parser.parse_args(argv), parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +64,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_options import number, one_line
 from training_utils import LORA_FILE, lora_shape, sgm_names, write_kohya, write_lora, write_whole
 
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -190,30 +215,7 @@ def write_peft(folder, lora):
     write_whole(folder / PEFT_FILE, save(tensors, {"format": "pt"}))
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        usage="%(prog)s --pretrained_model_name_or_path M --lora L --format F --output O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    path = os.path.expanduser
-    # fmt: off
-    add = parser.add_argument
-    add("--pretrained_model_name_or_path", type=path, required=True, help="model that the LoRA is for")
-    add("--lora", type=path, required=True, help="LoRA to convert: a file, a folder or a Hub id")
-    add("--scale", type=number(float, above=0), default=1.0,
-        help="what scale 1 of the output is to be, such as the scale that judge_lora.py recommends")
-    add("--format", choices=["diffusers", "kohya", "peft"], required=True, help="what to write")
-    add("--output", type=path, required=True, help="file to write, ending with .safetensors; a folder for peft")
-    add("--unet_only", action="store_true", help="leave out weights of text encoders, and bundled embeddings")
-    add("--revision", help="revision of the model on the Hub")
-    add("--cache_dir", type=path, help="folder for downloads")
-    # fmt: on
-    return parser.parse_args(argv), parser.error
-
-
-def main(argv=None):
-    args, error = parse_args(argv)
+def main(args, error):
     model, output = args.pretrained_model_name_or_path, Path(args.output)
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     if output.exists():
@@ -246,4 +248,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

@@ -21,19 +21,16 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
-from pair_files import PairWriter, check_output_dir
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from pair_sources import PairColumns, content_of, is_outside, label_key, open_rows, read_image, to_readable, value_at
+from pair_files import PairWriter, check_output_dir
 
 from training_options import Parser, missing_folder, number, one_line, printable
-from training_utils import BadRow
 
 
 def label_meaning(text):
@@ -41,6 +38,8 @@ def label_meaning(text):
     label, _, meaning = text.rpartition("=")
     if not label or meaning not in ("0", "1", "0.5", ".5"):
         raise argparse.ArgumentTypeError(f"is {text}; allowed: LABEL=1, LABEL=0 and LABEL=0.5, such as left=1")
+    from pair_sources import label_key
+
     return label_key(label), float(meaning)
 
 
@@ -119,6 +118,8 @@ SHAPES = {  # of the data, with which an option goes
 
 def check_args(args, parser):
     """Ends the program with one line if options contradict each other."""
+    from pair_sources import PairColumns
+
     error = parser.error
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -172,6 +173,14 @@ def check_args(args, parser):
         error(f"--output_dir {args.output_dir}: lies in --train_data_dir, whose files it would then be among")
     check_output_dir(args.output_dir, error)
 
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+from pair_sources import PairColumns, content_of, is_outside, open_rows, read_image, to_readable, value_at
+from tqdm import tqdm
+
+from training_utils import BadRow
 
 MAX_CLUSTER = 100  # unusable rows, which often stand together, before their share ends the program early
 
@@ -274,7 +283,11 @@ def convert(args, columns, rows, report):
 
 
 def main(argv=None):
-    args, error = parse_args(argv)
+    """What choose_pairs.py calls."""
+    run(*parse_args(argv))
+
+
+def run(args, error):
     warnings.filterwarnings("ignore", module="PIL")  # whose remarks on damaged images are not ours
     report, columns = Report(args.max_bad_fraction), PairColumns(args)
     try:
@@ -297,7 +310,10 @@ def main(argv=None):
     if report.num_outside:
         print(f"images outside   {report.num_outside} from addresses or outside of the data's folder")
     print(f"files            {len(files)} in {args.output_dir}, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
+    folder, ties = shlex.quote(str(args.output_dir)), " --tie_policy soft" if args.tie_policy == "soft" else ""
+    print(f"train on them    accelerate launch train_inversion_dpo.py --config examples/configs/sd15_24gb.yaml "
+          f"--train_data_dir {folder}{ties} --output_dir my-taste")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    run(*args_and_error)

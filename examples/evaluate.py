@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training_options import Parser, missing_folder, number
 
 MAX_DAMAGE = 0.05
-SCALES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the LoRA, fine where damage is small
+SCALES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the LoRA, fine where damage is small
 
 
 def parse_args(argv=None):
-    path = os.path.expanduser
+    path, count = os.path.expanduser, number(int, least=1)
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=path, required=True, help="Folder of the base pipeline")
     parser.add_argument("--lora", type=path, required=True, help="Folder with pytorch_lora_weights.safetensors")
@@ -35,8 +35,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--output_dir", type=path, required=True, help="Folder for evaluation.json and before_after.png"
     )
-    parser.add_argument("--num_images", type=number(int, least=1), default=128, help="More: a narrower interval")
-    add_sampling_options(parser)
+    parser.add_argument("--num_images", type=count, default=128, help="More: a narrower interval")
+    scale = number(float, above=0)
+    parser.add_argument("--scales", type=scale, nargs="+", default=list(SCALES), help="Of the LoRA; 0 is added")
+    add_sampling_options(parser, count)
     return parser.parse_args(argv)
 
 
@@ -143,16 +145,18 @@ def main(args):
     sampling = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "batch_size")}
     pipeline, (captions, seeds) = load_or_end(args), held_out(args.num_images, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        picture = sample_scales(pipeline, SCALES, captions, seeds, folder, sampling, "lora")
-        pictures = {scale: [picture(s, i) for i in range(len(captions))] for s, scale in enumerate(SCALES)}
+        scales = (0.0, *sorted(args.scales))
+        picture = sample_scales(pipeline, scales, captions, seeds, folder, sampling, "lora")
+        pictures = {scale: [picture(s, i) for i in range(len(captions))] for s, scale in enumerate(scales)}
     looks = {scale: look_at([np.asarray(image) for image in images], captions) for scale, images in pictures.items()}
-    results = {scale: compare_looks(looks[scale], looks[0.0], args.preference) for scale in SCALES}
-    scale = recommend({scale: results[scale] for scale in SCALES if scale})
+    results = {scale: compare_looks(looks[scale], looks[0.0], args.preference) for scale in scales}
+    scale = recommend({scale: results[scale] for scale in args.scales})
     found = results[scale]
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    labels = {0.5: "LoRA at 0.5", 1.0: "LoRA at 1", scale: f"LoRA at {scale:g},\nrecommended", 0.0: "base model"}
+    labels = {at: f"LoRA at {at:g}" for at in (0.5, 1.0) if at in scales}
+    labels |= {scale: f"LoRA at {scale:g},\nrecommended", 0.0: "base model"}
     low, high = found["win_rate_interval"]
     subtitle = (
         f"at scale {scale:g}, aligned beats base in {found['win_rate']:.1%} of {args.num_images} held-out samples "

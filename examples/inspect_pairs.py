@@ -17,13 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from pair_files import check_folder
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pair_files import check_folder
+
 from training_options import Parser, missing_folder, number, one_line, printable
-from training_utils import LONGEST_CAPTION, BadRow, decode_image, find_model, load_pairs
 
 REPORT_FILE, PICTURE_FILE = "inspection.json", "pairs.png"
 SIDE = 224  # of a shown image
@@ -71,6 +68,18 @@ def parse_args(argv=None):
     return args, parser.error
 
 
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import numpy as np
+import transformers
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from training_utils import LONGEST_CAPTION, BadRow, decode_image, find_model, load_pairs
+
+transformers.logging.set_verbosity_error()  # it warns of what is not used here, such as torchvision
+
+
 def load_tokenizers(model, revision=None):
     """Returns the tokenizers of a pipeline; raises ValueError if there are none."""
     from diffusers import DiffusionPipeline
@@ -96,6 +105,7 @@ class Look(NamedTuple):
     captions: list[str]
     is_tie: bool
     sizes: list[tuple[int, int]]
+    profiles: list[bool]  # whether winner and loser have a colour profile
     small: np.ndarray
     crops: list[Image.Image]
 
@@ -113,8 +123,9 @@ def look_at(pairs, sample_size, num_shown, seed):
         small = [np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"), dtype=float) for image in images]
         shown = images if len(looks) < num_shown else []
         crops = [ImageOps.fit(image, (SIDE, SIDE), Image.Resampling.LANCZOS) for image in shown]
-        sizes = [image.size for image in images]
-        looks.append(Look(pairs.row_name(int(place)), pair.captions, pair.is_tie, sizes, np.stack(small), crops))
+        sizes, profiles = [image.size for image in images], [image.info["has_profile"] for image in images]
+        name = pairs.row_name(int(place))
+        looks.append(Look(name, pair.captions, pair.is_tie, sizes, profiles, np.stack(small), crops))
     return looks, reasons
 
 
@@ -133,6 +144,8 @@ def inspect(pairs, args, tokenizers):
         "heights in pixels": quantiles(sizes[:, 1]),
         "images that are enlarged": f"{np.mean(sizes.min(1) < args.resolution):.1%}",
         "share of an image that cropping discards": f"{np.mean(1 - sizes.min(1) / sizes.max(1)):.1%} on average",
+        "images with a colour profile": f"{sum(sum(look.profiles) for look in looks)}, converted to sRGB",
+        "pairs of which one image has a profile": sum(sum(look.profiles) == 1 for look in looks),
         "caption lengths in letters": quantiles([len(caption) for caption in captions]),
         **find_duplicates(looks),
     }
@@ -198,8 +211,7 @@ def draw_contact_sheet(shown):
     return canvas
 
 
-def main(argv=None):
-    args, error = parse_args(argv)
+def main(args, error):
     try:
         model = args.pretrained_model_name_or_path
         tokenizers = load_tokenizers(model, args.revision) if model else []
@@ -222,4 +234,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

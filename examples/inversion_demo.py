@@ -18,19 +18,46 @@ backwards) at the inversion's nodes, one model call each, with the same prompt a
 from x_t and the implied noise in one step would prove nothing: it is exact by construction, whatever the model.
 """
 
-import logging
 import math
 import os
 import sys
 import textwrap
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, number, one_line, printable
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+OUTPUTS = ("comparison.png", "reconstruction.png", "noise.png", "noise.safetensors")
+
+
+def parse_args(argv=None):
+    path = os.path.expanduser
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s --model M --image I --output_dir O [options, see --help]",
+    )
+    count = number(int, least=1)
+    # fmt: off
+    add = parser.add_argument
+    add("--model", type=path, required=True, help="Stable Diffusion 1.x, 2.x or SDXL pipeline: a Hub id or a folder")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the model predicts (its scheduler's)")
+    add("--image", type=path, required=True, help="picture to invert; its central square is used")
+    add("--prompt", default="", help="what the picture shows; the model is told so on both ways")
+    add("--output_dir", type=path, required=True, help="folder for " + ", ".join(OUTPUTS))
+    add("--num_steps", type=count, default=20, help="model calls each way; more reconstructs better and takes longer")
+    add("--timestep", type=number(int, least=0), help="how far to invert (the last timestep that has signal)")
+    add("--resolution", type=count, help="pixels per side (the model's own)")
+    # fmt: on
+    return parser.parse_args(argv), parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import save_file
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -40,23 +67,21 @@ from diffusers import (
 )
 from make_pairs import check_model, load_pipeline
 from pair_files import check_folder
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inversion_utils import PREDICTION_TYPES, inversion_nodes, invert, noise_from_model_output
-from training_options import Parser, number, one_line, printable
 from training_utils import BadRow, decode_image, encode_images, resize_and_crop
 
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-OUTPUTS = ("comparison.png", "reconstruction.png", "noise.png", "noise.safetensors")
 
-
-def read_model(model, resolution, variant=None):
+def read_model(model, resolution, variant=None, prediction_type=None):
     """Returns the noise scheduler and the resolution of a pipeline, from its configurations alone.
 
     Args:
         model: a Hub id or a folder.
         resolution: pixels per side, or None for the model's own.
         variant: of the files of weights, such as "fp16".
+        prediction_type: what the model predicts, where its scheduler is wrong.
 
     Raises:
         ValueError: if the pipeline cannot be inverted here, or not at this resolution.
@@ -75,6 +100,8 @@ def read_model(model, resolution, variant=None):
     if (kind := vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
         raise ValueError(f"--model {model}: its vae is an {kind}; supported is AutoencoderKL")
     noise_scheduler = DDPMScheduler.from_config(schedule)
+    if prediction_type:
+        noise_scheduler.register_to_config(prediction_type=prediction_type)
     prediction_type = noise_scheduler.config.prediction_type
     if "beta_start" not in schedule or prediction_type not in PREDICTION_TYPES:
         kind = f"predicts {prediction_type!r}" if "beta_start" in schedule else "has no schedule of betas"
@@ -177,29 +204,7 @@ def draw_comparison(panels, heading):
     return canvas
 
 
-def parse_args(argv=None):
-    path = os.path.expanduser
-    parser = Parser(
-        description=__doc__.split("\n")[0],
-        usage="%(prog)s --model M --image I --output_dir O [options, see --help]",
-    )
-    count = number(int, least=1)
-    # fmt: off
-    add = parser.add_argument
-    add("--model", type=path, required=True, help="Stable Diffusion 1.x, 2.x or SDXL pipeline: a Hub id or a folder")
-    add("--variant", help="variant of the model's files, such as fp16")
-    add("--image", type=path, required=True, help="picture to invert; its central square is used")
-    add("--prompt", default="", help="what the picture shows; the model is told so on both ways")
-    add("--output_dir", type=path, required=True, help="folder for " + ", ".join(OUTPUTS))
-    add("--num_steps", type=count, default=20, help="model calls each way; more reconstructs better and takes longer")
-    add("--timestep", type=number(int, least=0), help="how far to invert (the last timestep that has signal)")
-    add("--resolution", type=count, help="pixels per side (the model's own)")
-    # fmt: on
-    return parser.parse_args(argv), parser.error
-
-
-def main(argv=None):
-    args, error = parse_args(argv)
+def main(args, error):
     output_dir = Path(args.output_dir)
     check_folder(output_dir, error)
     for name in OUTPUTS:
@@ -209,7 +214,7 @@ def main(argv=None):
         error(f"--image {args.image}: no such file")
     try:
         image = decode_image(Path(args.image).read_bytes())
-        noise_scheduler, resolution = read_model(args.model, args.resolution, args.variant)
+        noise_scheduler, resolution = read_model(args.model, args.resolution, args.variant, args.prediction_type)
     except BadRow as problem:
         error(f"--image {args.image}: {one_line(problem)}")
     except ValueError as problem:
@@ -266,4 +271,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

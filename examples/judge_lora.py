@@ -21,7 +21,6 @@ or where the answer is the highest scale tried, beyond which the gain may still 
 too: judge it once more, alone, with another --seed.
 """
 
-import argparse
 import base64
 import hashlib
 import html
@@ -29,43 +28,72 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
-import re
 import shlex
 import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
-from tqdm.auto import tqdm
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
-logging.getLogger("diffusers.loaders.lora_base").setLevel(logging.ERROR)  # it warns of LoRAs of a U-Net alone
-warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-from convert_lora import check_kind, find_file, read_weights
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from make_pairs import encode_png, sample_pictures
-from peft.tuners.lora import LoraLayer
-from plot_metrics import plot_run
-from prompt_sources import read_prompts
-from safetensors.torch import save
-from sample_pairs import check_model, load_pipeline
-from scorers import NAMES, check_scorer, load_scorer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_options import number, one_line, printable
-from training_utils import METRICS_FILE, write_whole
+from training_options import Parser, number, one_line, printable
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 SEED = 1_000_000  # far from the seeds of training pairs
 SHOWN = {"worst": 12, "best": 6}  # rows of pictures on the page
 FEWEST_PROMPTS = 10  # to recommend anything
 LESS_DIVERSE = 0.8  # of the base model's diversity, below which the report warns
+
+
+def parse_args(argv=None):
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        usage="%(prog)s --base M --lora L --prompts P --output_dir O [options, see --help]",
+    )
+    path, count = os.path.expanduser, number(int, least=1)
+    # fmt: off
+    add = parser.add_argument
+    add("--base", type=path, required=True, help="model that the LoRA is for: a Hub id or a folder")
+    add("--lora", type=path, nargs="+", required=True, help="LoRAs: files, folders, such as checkpoints, or Hub ids")
+    add("--variant", help="variant of the model's files, such as fp16")
+    add("--prediction_type", choices=["epsilon", "v_prediction"], help="what the model predicts (its scheduler's)")
+    add("--prompts", type=path, required=True, help="text file with a prompt on each line, or a name such as everyday")
+    add("--output_dir", type=path, required=True, help="folder for pictures, figures and page")
+    add("--scorers", type=path, nargs="+", help="the wanted one first, then guards (all that are installed)")
+    add("--scales", type=number(float, least=0), nargs="+", default=list(SCALES), help="of each LoRA; 0 is added")
+    add("--max_loss", type=number(float, least=0), default=0.2,
+        help="what a guard may fall, in standard deviations; 0.2 is a small effect")
+    add("--max_prompts", type=count, help="use only the first N prompts")
+    add("--num_images_per_prompt", type=count, default=2, help="pictures of a prompt; more: narrower intervals")
+    add("--num_inference_steps", type=count, default=30, help="sampler steps; more costs time")
+    add("--guidance_scale", type=number(float, least=0), default=7.5, help="higher obeys prompts more, varies less")
+    add("--batch_size", type=count, default=4, help="pictures sampled at a time; more is faster and takes memory")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+        help="of the weights; the half ones take half the memory")
+    add("--seed", type=number(int, least=0), default=0, help="of the pictures, the same for every LoRA and scale")
+    # fmt: on
+    return parser.parse_args(argv), parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import numpy as np
+from convert_lora import find_file, read_weights
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from make_pairs import check_model, encode_png, load_lora, sample_pictures
+from PIL import Image
+from plot_metrics import plot_run
+from prompt_sources import read_prompts
+from safetensors.torch import save
+from sample_pairs import load_options, load_pipeline
+from scorers import NAMES, check_scorer, load_scorer
+from tqdm.auto import tqdm
+
+from training_utils import METRICS_FILE, write_whole
+
+warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
 
 
 class Column(NamedTuple):
@@ -190,37 +218,16 @@ def recommend(scores, columns, change, max_loss):
 
 
 def fingerprint(lora):
-    """Returns the file of a LoRA, a folder, a file or a Hub id, and a hash; raises ValueError if it has none."""
+    """Returns a hash of a LoRA, a folder, a file or a Hub id; raises ValueError if it has no weights."""
     try:
-        file = find_file(lora, None)
-        weights, about = read_weights(file)
+        weights, about = read_weights(find_file(lora, None))
     except Exception as problem:  # damaged and missing files, networks and the Hub fail in many kinds
         raise ValueError(f"--lora {lora}: {one_line(problem)}") from problem
     alphas = about.get(LORA_ADAPTER_METADATA_KEY, "")  # safetensors itself writes metadata in any order
-    return file, hashlib.sha256(save(dict(sorted(weights.items()))) + alphas.encode()).hexdigest()
+    return hashlib.sha256(save(dict(sorted(weights.items()))) + alphas.encode()).hexdigest()
 
 
-def load_lora(pipeline, lora, file, adapter):
-    """Loads the file of a LoRA into a pipeline; raises ValueError if it cannot be loaded as a whole."""
-    has_unet = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
-    try:
-        if has_unet:
-            check_kind(*read_weights(file), pipeline.unet.config)
-        state = pipeline.lora_state_dict(str(file), **has_unet)
-        state = state[0] if isinstance(state, tuple) else state  # with alphas
-        pipeline.load_lora_weights(str(file), adapter_name=adapter)
-    except Exception as problem:  # damaged and foreign files fail in many kinds
-        raise ValueError(f"--lora {lora}: {one_line(problem)}") from problem
-    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    layers = [layer for model in models for layer in model.modules() if isinstance(layer, LoraLayer)]
-    loaded = sum(adapter in layer.scaling for layer in layers)
-    count = sum(bool(re.search(r"\.lora_B\.|[._]up\.weight$", name)) for name in state)
-    if loaded != count or not count:
-        raise ValueError(f"--lora {lora}: of its {count} modules {loaded} fit the model; examples/convert_lora.py "
-                         "reads other formats")  # fmt: skip
-
-
-def sample_scales(pipeline, scales, prompts, seeds, folder, sampling, adapter="judged"):
+def sample_scales(pipeline, scales, prompts, seeds, folder, sampling, adapter):
     """Samples prompts and seeds (N) at each scale of an adapter into `folder`, where pictures are not yet.
 
     Returns a function that opens picture i at the scale with number s.
@@ -509,35 +516,6 @@ Both are root mean squares over 16 x 16 pixels in [0, 1].</p>
 # The program
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        usage="%(prog)s --base M --lora L --prompts P --output_dir O [options, see --help]",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    path, count = os.path.expanduser, number(int, least=1)
-    # fmt: off
-    add = parser.add_argument
-    add("--base", type=path, required=True, help="model that the LoRA is for: a Hub id or a folder")
-    add("--lora", type=path, nargs="+", required=True, help="LoRAs: files, folders, such as checkpoints, or Hub ids")
-    add("--prompts", type=path, required=True, help="text file with a prompt on each line, or a name such as everyday")
-    add("--output_dir", type=path, required=True, help="folder for pictures, figures and page")
-    add("--scorers", type=path, nargs="+", help="the wanted one first, then guards (all that are installed)")
-    add("--scales", type=number(float, least=0), nargs="+", default=list(SCALES), help="of each LoRA; 0 is added")
-    add("--max_loss", type=number(float, least=0), default=0.2,
-        help="what a guard may fall, in standard deviations; 0.2 is a small effect")
-    add("--max_prompts", type=count, help="use only the first N prompts")
-    add("--num_images_per_prompt", type=count, default=2, help="pictures of a prompt; more: narrower intervals")
-    add("--num_inference_steps", type=count, default=30, help="sampler steps; more costs time")
-    add("--guidance_scale", type=number(float, least=0), default=7.5, help="higher obeys prompts more, varies less")
-    add("--batch_size", type=count, default=4, help="pictures sampled at a time; more is faster and takes memory")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
-        help="of the weights; the half ones take half the memory")
-    add("--seed", type=number(int, least=0), default=0, help="of the pictures, the same for every LoRA and scale")
-    # fmt: on
-    return parser.parse_args(argv), parser.error
-
-
 def available_scorers():
     """The names of scorers that can be run, and those that cannot, with the reason."""
     available, not_run = [], []
@@ -581,14 +559,14 @@ def short_name(lora, taken):
 
 
 def name_loras(loras, known, error):
-    """Returns names and files of LoRAs, {name: {"path", "sha256", "file"}}, those of the `known` ones as they were.
+    """Returns names and paths of LoRAs, {name: {"path", "sha256"}}, those of the `known` ones as they were.
 
     Equal LoRAs, such as that of a run and of its last checkpoint, get one name. Ends the program by `error` if a LoRA
     is not what it was when its pictures were sampled.
     """
     named = {}
     for lora in loras:
-        file, digest = fingerprint(lora)
+        digest = fingerprint(lora)
         equal = next((name for name, other in {**known, **named}.items() if other["sha256"] == digest), None)
         if equal in named:
             print(f"--lora {lora} is the same as {named[equal]['path']}: judged once", file=sys.stderr)
@@ -597,7 +575,7 @@ def name_loras(loras, known, error):
         if same_path and not equal:
             error(f"--lora {lora} has changed since its pictures were sampled; name another --output_dir")
         name = equal or short_name(lora, {**known, **named})
-        named[name] = {"path": lora, "sha256": digest, "file": file}
+        named[name] = {"path": lora, "sha256": digest}
     return named
 
 
@@ -617,8 +595,7 @@ def set_aside(folder, figures):
         print(f"the earlier report, by other options, is now {folder / f'judge-{number}.html'}")
 
 
-def main(argv=None):
-    args, error = parse_args(argv)
+def main(args, error):
     specs, not_run = (args.scorers, []) if args.scorers else available_scorers()
     scales, count, folder = sorted({0.0, *args.scales}), args.num_images_per_prompt, Path(args.output_dir)
     if not specs:
@@ -634,15 +611,16 @@ def main(argv=None):
                 check_scorer(spec)
             except ValueError as problem:
                 error(f"--scorers {spec}: {printable(str(problem))}")
-        check_model("--base", args.base)
-        names = ("base", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "dtype", "seed")
+        check_model("--base", args.base, variant=args.variant)
+        names = ("base", "variant", "prediction_type", "num_images_per_prompt", "num_inference_steps",
+                 "guidance_scale", "dtype", "seed")  # fmt: skip
         settings = {**{name: getattr(args, name) for name in names}, "prompts": prompts}
         known = read_settings(folder, settings, error)
         loras = name_loras(args.lora, known, error)
-        pipeline = load_pipeline("--base", args.base, None, None, getattr(torch, args.dtype))
+        pipeline = load_pipeline("--base", args.base, None, None, **load_options(args))
         adapters = {name: f"judged_{i}" for i, name in enumerate(loras)}  # PEFT's names may not hold dots
         for name, lora in loras.items():
-            load_lora(pipeline, lora["path"], lora.pop("file"), adapters[name])
+            load_lora(pipeline, lora["path"], adapter=adapters[name])
     except ValueError as problem:
         error(printable(str(problem)))
     try:
@@ -674,4 +652,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

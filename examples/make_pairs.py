@@ -29,16 +29,16 @@ SHARPER_WINNERS = 0.25  # standard deviations
 
 
 def parse_args(argv=None):
-    path = os.path.expanduser
+    path, count = os.path.expanduser, number(int, least=1)
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=path, required=True, help="Folder of the pipeline to sample from")
     parser.add_argument("--preference", required=True, choices=small_world.PREFERENCES, help="What winners have")
     parser.add_argument("--output_dir", type=path, required=True, help="Folder for train.parquet")
-    parser.add_argument("--num_pairs", type=number(int, least=1), default=256)
+    parser.add_argument("--num_pairs", type=count, default=256)
     parser.add_argument(
         "--tie_margin", type=float, default=TIE_MARGIN, help="Scores closer than this are labelled a tie"
     )
-    add_sampling_options(parser)
+    add_sampling_options(parser, count)
     return parser.parse_args(argv)
 
 
@@ -137,6 +137,8 @@ def load_pipeline(model, option="--model", dtype=torch.float32, prediction_type=
         hint = " Does it exist with --variant fp16 only?" if has_hint else ""
         raise not_loaded(option, model, error, hint) from error
     if prediction_type:
+        if "prediction_type" not in pipeline.scheduler.config:
+            raise ValueError(f"--prediction_type {prediction_type}: {option} {model} has no such setting")
         pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -162,13 +164,13 @@ def load_lora(pipeline, lora, option="--lora", adapter="lora"):
     loaded = sum(adapter in layer.scaling for layer in layers)
     count = sum(bool(re.search(r"\.lora_B\.|[._]up\.weight$", name)) for name in state)
     if loaded != count or not count:
-        hint = "; examples/convert_lora.py reads other formats" if unet else ""
+        hint = "" if loaded or not unet else "; examples/convert_lora.py reads other formats, such as PEFT's"
         raise ValueError(f"{option} {lora}: of its {count} modules {loaded} fit the model{hint}")
     print(f"{option} {lora}: {count} modules, all of which fit the model", flush=True)
 
 
 def load_or_end(args):
-    """Returns the pipeline of `--model`, with `--lora` if there is one; ends the program with one line if it cannot."""
+    """Returns the pipeline of `--model`, with `--lora` if there is one; ends the program if that fails."""
     try:
         pipeline = load_pipeline(args.model)
         if "lora" in args:

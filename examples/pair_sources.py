@@ -14,6 +14,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -35,7 +36,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from training_options import missing_folder, one_line
-from training_utils import MAX_IMAGE_BYTES, BadRow, decode_image, is_within, load_saved
+from training_utils import MAX_IMAGE_BYTES, BadRow, decode_image, find_model, is_within, load_saved
 
 # 1  Rows
 
@@ -122,6 +123,7 @@ def _find_rows(args, split: str, image_columns: Sequence[str], paths: Sequence[s
     disable_progress_bars()
     path = _existing(args.train_data_dir or args.dataset_name, ".")
     if args.dataset_name:
+        find_model("the data set", args.dataset_name, None, logging.getLogger(__name__).warning, "dataset")
         dataset = load_dataset(
             args.dataset_name, args.dataset_config_name, split=split, cache_dir=args.cache_dir,
             streaming=args.streaming or path.exists(),

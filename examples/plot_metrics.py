@@ -6,20 +6,32 @@ Reads `metrics.jsonl` in the folder of a run, or of several, and writes `report.
 each step, a thick one the mean over a twentieth of the run. Dotted: a policy that equals the reference.
 """
 
-import argparse
 import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import LOSS_TYPES, Parser, one_line
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__.split("\n")[0])
+    path = os.path.expanduser
+    parser.add_argument("run", type=path, nargs="+", help="--output_dir of a training run")
+    parser.add_argument("--output", type=path, help="PNG file to write, for one run (report.png in the run's folder)")
+    return parser.parse_args(argv), parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from inversion_utils import preference_loss
-from training_options import LOSS_TYPES, one_line
 from training_utils import CONFIG_FILE, METRICS_FILE, read_metrics
 
 PROGRAM = {"Software": "plot_metrics.py"}  # in the picture's metadata, so that nothing else is overwritten
@@ -89,18 +101,7 @@ def is_ours(file):
         return False
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    path = os.path.expanduser
-    parser.add_argument("run", type=path, nargs="+", help="--output_dir of a training run")
-    parser.add_argument("--output", type=path, help="PNG file to write, for one run (report.png in the run's folder)")
-    return parser.parse_args(argv), parser.error
-
-
-def main(argv=None):
-    args, error = parse_args(argv)
+def main(args, error):
     if importlib.util.find_spec("matplotlib") is None:
         error("matplotlib is not installed: pip install matplotlib")
     if args.output and len(args.run) > 1:
@@ -119,4 +120,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

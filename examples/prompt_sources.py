@@ -9,16 +9,18 @@
 The two on the Hub were not tried: this was written without access to it.
 """
 
+import logging
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from training_options import missing_folder, nearest, one_line
+from training_options import nearest, one_line
 
 FOLDER = Path(__file__).parent / "prompts"
-ON_THE_HUB = {  # arguments of load_dataset, column
-    "parti": ({"path": "nateraw/parti-prompts"}, "Prompt"),
-    "hpdv2": ({"path": "json", "data_files": "hf://datasets/ymhao/HPDv2/test.json"}, "prompt"),
+ON_THE_HUB = {  # data set, arguments of load_dataset, column
+    "parti": ("nateraw/parti-prompts", {"path": "nateraw/parti-prompts"}, "Prompt"),
+    "hpdv2": ("ymhao/HPDv2", {"path": "json", "data_files": "hf://datasets/ymhao/HPDv2/test.json"}, "prompt"),
 }
 
 
@@ -31,11 +33,12 @@ def read_prompts(spec, max_prompts=None):
         elif spec in ON_THE_HUB or ":" in spec:
             from datasets import disable_progress_bars, load_dataset
 
+            from training_utils import find_model
+
             disable_progress_bars()
             name, _, column = spec.rpartition(":")
-            if problem := missing_folder(name):
-                raise ValueError(problem)
-            arguments, column = ON_THE_HUB.get(spec) or ({"path": str(Path(name).expanduser())}, column)
+            name, arguments, column = ON_THE_HUB.get(spec) or (name, {"path": os.path.expanduser(name)}, column)
+            find_model("the data set", os.path.expanduser(name), None, logging.getLogger(__name__).warning, "dataset")
             texts = dict.fromkeys(load_dataset(**arguments, split="train")[column])  # pictures repeat their prompts
         else:
             names = [*sorted(path.stem for path in FOLDER.glob("*.txt")), *ON_THE_HUB]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an aligned model, on any machine: install, sample preference pairs from a small Stable Diffusion
-# pipeline, train a LoRA on them with the real script, and compare the model with and without it at several scales.
+# pipeline, train a LoRA on them with the real script, compare the model with and without it at several scales, and
+# write the LoRA so that its scale 1 is the recommended one.
 #
 #     bash examples/quickstart.sh [sdxl] [tone | area | sharpness]
 #
@@ -34,10 +35,11 @@ bash examples/install.sh
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 started=$SECONDS
 
-echo "1/3  Sampling pairs and labelling them: the picture with more $preference wins"
-.venv/bin/python examples/make_pairs.py --model $model --preference "$preference" --output_dir "$results/pairs"
+echo "1/4  Sampling pairs and labelling them: the picture with more $preference wins"
+.venv/bin/python examples/make_pairs.py --model $model --preference "$preference" \
+    --num_pairs 128 --num_inference_steps 10 --output_dir "$results/pairs"
 
-echo "2/3  Training"
+echo "2/4  Training"
 .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
     $script \
     --pretrained_model_name_or_path $model \
@@ -49,11 +51,18 @@ echo "2/3  Training"
     --max_train_steps $steps \
     --learning_rate 5e-4 \
     --beta_dpo 500 \
+    --inversion_cache_dir "$results/cache" --cached_draws 1 \
     --validation_prompts "a red circle" "a blue star" \
     --validation_guidance_scale 1.5 \
-    --validation_inference_steps 16
+    --validation_inference_steps 10
 
-echo "3/3  Comparing: the same held-out captions and seeds at several scales of the LoRA"
+echo "3/4  Comparing: the same held-out captions and seeds at several scales of the LoRA"
 .venv/bin/python examples/evaluate.py --model $model --lora "$results/lora" --preference "$preference" \
-    --output_dir "$results"
+    --num_images 64 --num_inference_steps 10 --scales 0.125 0.25 0.375 0.5 --output_dir "$results"
+
+scale=$(.venv/bin/python -c 'import json, sys; print(json.load(open(sys.argv[1]))["recommended_scale"])' \
+    "$results/evaluation.json")
+echo "4/4  Writing the LoRA so that its scale 1 is the recommended one, $scale"
+[ "$scale" = 0.0 ] || .venv/bin/python examples/convert_lora.py --pretrained_model_name_or_path $model \
+    --lora "$results/lora" --scale "$scale" --format diffusers --output "$results/$preference.safetensors"
 echo "Done in $((SECONDS - started)) seconds after installation"

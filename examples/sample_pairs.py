@@ -16,46 +16,14 @@ out and counted.
 
 import gc
 import itertools
-import logging
 import os
 import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
-import make_pairs
-from make_pairs import check_model, encode_png, sample_pictures
-from pair_files import PairWriter, check_output_dir
-from prompt_sources import read_prompts
-from scorers import check_scorer, load_scorer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training_options import Parser, number, printable
-
-
-def load_pipeline(model_option, model, lora_option, lora, dtype, adapter_name=None, variant=None):
-    """Returns a pipeline with its LoRA, on the GPU if there is one; raises ValueError if it cannot be loaded."""
-    pipeline = make_pairs.load_pipeline(model, model_option, dtype, variant=variant)
-    if lora:
-        try:
-            pipeline.load_lora_weights(lora, adapter_name=adapter_name)
-        except (OSError, ValueError, RuntimeError) as problem:
-            raise make_pairs.not_loaded(lora_option, lora, problem) from problem
-    return pipeline
-
-
-def pictures_of(pipeline, prompts, seeds, num_inference_steps, guidance_scale, batch_size):
-    """Yields a picture for each prompt and seed, uint8 (H, W, 3)."""
-    for i in range(0, len(prompts), batch_size):
-        batch = slice(i, i + batch_size)
-        yield from sample_pictures(
-            pipeline, prompts[batch], seeds[batch], num_inference_steps, guidance_scale, batch_size
-        )
 
 
 def parse_args(argv=None):
@@ -73,6 +41,8 @@ def parse_args(argv=None):
     add("--model", type=path, help="one model: pipeline of all pictures")
     add("--lora", type=path, help="LoRA on it")
     add("--variant", help="variant of all models' files, such as fp16")
+    add("--prediction_type", choices=["epsilon", "v_prediction"],
+        help="what all models predict (their schedulers')")
     add("--scorer", type=path, help="what ranks its pictures: pickscore, clip, brisque or file.py:function")
     add("--num_pictures_per_pair", type=count, default=4, help="of which best and worst are kept; more differ more")
     add("--prompts", type=path, required=True, help="text file with a prompt on each line, or a name")
@@ -103,8 +73,37 @@ def check_modes(args, error):
         error(f"--winner_model and --loser_model are both {args.winner_model}, so all pictures would be equal")
 
 
-def main(argv=None):
-    args, error = parse_args(argv)
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import make_pairs
+import numpy as np
+import torch
+from make_pairs import check_model, encode_png, sample_pictures
+from pair_files import PairWriter, check_output_dir
+from PIL import Image
+from prompt_sources import read_prompts
+from scorers import check_scorer, load_scorer
+
+
+def load_pipeline(model_option, model, lora_option, lora, dtype, variant=None, prediction_type=None):
+    """Returns a pipeline with its LoRA, on the GPU if there is one; raises ValueError if it cannot be loaded."""
+    pipeline = make_pairs.load_pipeline(model, model_option, dtype, prediction_type, variant=variant)
+    if lora:
+        make_pairs.load_lora(pipeline, lora, lora_option)
+    return pipeline
+
+
+def pictures_of(pipeline, prompts, seeds, num_inference_steps, guidance_scale, batch_size):
+    """Yields a picture for each prompt and seed, uint8 (H, W, 3)."""
+    for i in range(0, len(prompts), batch_size):
+        batch = slice(i, i + batch_size)
+        yield from sample_pictures(
+            pipeline, prompts[batch], seeds[batch], num_inference_steps, guidance_scale, batch_size
+        )
+
+
+def main(args, error):
     check_modes(args, error)
     check_output_dir(args.output_dir, error)
     try:
@@ -119,11 +118,10 @@ def main(argv=None):
             check_model("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, args.variant)
             check_model("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, args.variant)
         captions, left_out = [prompt for prompt in prompts for _ in range(args.num_pairs_per_prompt)], Counter()
-        with PairWriter(args.output_dir, args.seed) as writer:
-            sample = sample_by_score if args.model else sample_from_two
-            sample(args, captions, writer, left_out)
-            if writer.num_pairs == 0:
-                raise ValueError(f"no pair is left of {len(captions)}: {dict(left_out)}")
+        writer, sample = PairWriter(args.output_dir, args.seed), sample_by_score if args.model else sample_from_two
+        sample(args, captions, writer, left_out)
+        if writer.num_pairs == 0:
+            raise ValueError(f"no pair is left of {len(captions)}: {dict(left_out)}")
     except ValueError as problem:
         error(printable(str(problem)))
     reasons = "".join(f", {count} {reason}" for reason, count in left_out.items())
@@ -131,13 +129,21 @@ def main(argv=None):
           f"{left_out.total()} left out{reasons}")  # fmt: skip
 
 
+def load_options(args):
+    return {"dtype": getattr(torch, args.dtype), "variant": args.variant, "prediction_type": args.prediction_type}
+
+
 def sample_from_two(args, captions, writer, left_out):
     """Writes pairs of two models; the winners wait on the disk. Counts in `left_out` what is not a pair, by reason."""
     seeds = [args.seed * len(captions) + i for i in range(len(captions))]
     sampling = (args.num_inference_steps, args.guidance_scale, args.batch_size)
-    options = {"dtype": getattr(torch, args.dtype), "variant": args.variant}
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.output_dir) as waiting:
-        pipeline = load_pipeline("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, **options)
+    options = load_options(args)
+    if args.loser_lora:  # does it fit? The better model's pictures take hours, and one model is in memory
+        load_pipeline("--loser_model", args.loser_model, "--loser_lora", args.loser_lora, **options)
+        gc.collect()
+        torch.cuda.empty_cache()
+    pipeline = load_pipeline("--winner_model", args.winner_model, "--winner_lora", args.winner_lora, **options)
+    with writer, tempfile.TemporaryDirectory(prefix="unfinished-", dir=args.output_dir) as waiting:
         for i, picture in enumerate(pictures_of(pipeline, captions, seeds, *sampling)):
             if picture.any():
                 (Path(waiting) / f"{i}.png").write_bytes(encode_png(picture))
@@ -157,27 +163,27 @@ def sample_from_two(args, captions, writer, left_out):
 
 def sample_by_score(args, captions, writer, left_out):
     """Writes pairs of the best and the worst of several pictures of one model, as `sample_from_two` does."""
-    dtype = getattr(torch, args.dtype)
-    pipeline = load_pipeline("--model", args.model, "--lora", args.lora, dtype, variant=args.variant)
+    pipeline = load_pipeline("--model", args.model, "--lora", args.lora, **load_options(args))
     scorer, count = load_scorer(args.scorer, pipeline.device), args.num_pictures_per_pair
     seeds = [args.seed * len(captions) * count + i for i in range(len(captions) * count)]
     repeated = [caption for caption in captions for _ in range(count)]
     pictures = pictures_of(
         pipeline, repeated, seeds, args.num_inference_steps, args.guidance_scale, args.batch_size
     )  # fmt: skip
-    for caption in captions:
-        group = [picture for picture in itertools.islice(pictures, count) if picture.any()]
-        scores = scorer.score([Image.fromarray(picture) for picture in group], [caption] * len(group))
-        scored = [pair for pair in zip(scores, group, strict=True) if np.isfinite(pair[0])]
-        if len(scored) < 2:
-            left_out["with fewer than two usable pictures"] += 1
-            continue
-        (high, best), (low, worst) = (choose(scored, key=lambda pair: pair[0]) for choose in (max, min))
-        if high > low:
-            writer.add(encode_png(best), encode_png(worst), caption)
-        else:
-            left_out["of equal scores"] += 1
+    with writer:
+        for caption in captions:
+            group = [picture for picture in itertools.islice(pictures, count) if picture.any()]
+            scores = scorer.score([Image.fromarray(picture) for picture in group], [caption] * len(group))
+            scored = [pair for pair in zip(scores, group, strict=True) if np.isfinite(pair[0])]
+            if len(scored) < 2:
+                left_out["with fewer than two usable pictures"] += 1
+                continue
+            (high, best), (low, worst) = (choose(scored, key=lambda pair: pair[0]) for choose in (max, min))
+            if high > low:
+                writer.add(encode_png(best), encode_png(worst), caption)
+            else:
+                left_out["of equal scores"] += 1
 
 
 if __name__ == "__main__":
-    main()
+    main(*args_and_error)

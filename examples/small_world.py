@@ -29,12 +29,23 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 
+SAMPLING = {"num_inference_steps": 16, "guidance_scale": 1.5, "batch_size": 16}  # what suits its models
+
 CAPTIONS = [f"a {color} {shape}" for color in COLORS for shape in SHAPES]
 # Every third diagonal of the colour x shape table: each colour and each shape occurs on both sides of the split.
 HELD_OUT_CAPTIONS = [
     f"a {color} {shape}" for i, color in enumerate(COLORS) for j, shape in enumerate(SHAPES) if (i + j) % 3 == 0
 ]
 TRAINING_CAPTIONS = [caption for caption in CAPTIONS if caption not in HELD_OUT_CAPTIONS]
+
+
+def add_sampling_options(parser, count):
+    """Adds what make_pairs.py and evaluate.py sample with; `count` is the type of numbers above 0."""
+    parser.add_argument("--num_inference_steps", type=count, help="Sampler steps; more costs time")
+    parser.add_argument("--guidance_scale", type=float, help="Above 1: obeys captions more, varies less")
+    parser.add_argument("--batch_size", type=count, help="Pictures sampled at a time")
+    parser.set_defaults(**SAMPLING, error=parser.error)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 class Look(NamedTuple):

@@ -27,27 +27,18 @@ They follow sizes and crops in the right direction, but less far than the traini
 0.277 to 0.242 at `original_size=(28, 28)` (96 held-out samples), where it falls from 0.365 to about 0.21 in training.
 """
 
-import argparse
 import copy
+import logging
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import small_world
-import torch
-import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training_options import Parser, number
 
 MAX_TOKENS = 8  # start, "a", colour, shape, end, and room to spare
 ADDITION_TIME_EMBED_DIM = 16  # of each of the six numbers that condition SDXL's U-Net besides the caption
@@ -56,8 +47,8 @@ UNET_STEPS = {"sd": 2000, "sdxl": 2500}
 
 
 def parse_args(argv=None):
-    path = os.path.expanduser
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    path, count = os.path.expanduser, number(int, least=1)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--output_dir",
         type=path,
@@ -70,36 +61,57 @@ def parse_args(argv=None):
         type=path,
         help="Pipeline folder whose trained autoencoder to take, instead of training one",
     )
-    parser.add_argument("--num_pictures", type=int, default=9000, help="Pictures to draw; more generalise better")
-    parser.add_argument("--vae_steps", type=int, default=3000, help="Autoencoder training; more gives crisper edges")
-    parser.add_argument("--vae_batch_size", type=int, default=16)
+    parser.add_argument("--num_pictures", type=count, default=9000, help="Pictures to draw; more generalise better")
+    parser.add_argument("--vae_steps", type=count, default=3000, help="Autoencoder training; more gives crisper edges")
+    parser.add_argument("--vae_batch_size", type=count, default=16)
     parser.add_argument(
         "--kl_weight", type=float, default=1e-4, help="Higher: smoother latents, less faithful pictures"
     )
     parser.add_argument(
-        "--unet_steps", type=int, help="U-Net training; more obeys captions better (2000 for sd, 2500 for sdxl)"
+        "--unet_steps", type=count, help="U-Net training; more obeys captions better (2000 for sd, 2500 for sdxl)"
     )
-    parser.add_argument("--unet_batch_size", type=int, default=64)
+    parser.add_argument("--unet_batch_size", type=count, default=64)
     parser.add_argument("--learning_rate", type=float, default=0.015, help="Of Muon, which trains the weight matrices")
-    parser.add_argument("--save_steps", type=int, default=250, help="Write state and pipeline every this many steps")
+    parser.add_argument("--save_steps", type=count, default=250, help="Write state and pipeline every this many steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.unet_steps is None:
         args.unet_steps = UNET_STEPS[args.family]
+    return args, parser.error
+
+
+if __name__ == "__main__":  # before the imports that take seconds
+    args_and_error = parse_args()
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # when imported, it warns of kernels for CPUs
+transformers.logging.set_verbosity_error()  # when diffusers is imported, it warns of torchvision
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+
+def check_options(args, error):
+    """Ends the program by `error` if the output folder or `--vae` is unusable."""
     settings = Path(f"{args.output_dir}.settings.pt")
     if settings.exists():
         if torch.load(settings, weights_only=True) != vars(args):
-            parser.error(
-                f"--output_dir {args.output_dir}: an interrupted run had other options; remove its *.pt files"
-            )
+            error(f"--output_dir {args.output_dir}: an interrupted run had other options; remove its *.pt files")
     elif (Path(args.output_dir) / "model_index.json").exists():
-        parser.error(f"--output_dir {args.output_dir} holds a pipeline already; name another folder")
+        error(f"--output_dir {args.output_dir} holds a pipeline already; name another folder")
     if args.vae and not (Path(args.vae) / "vae" / "config.json").is_file():
-        parser.error(f"--vae {args.vae}: not a pipeline folder with an autoencoder (no vae/config.json in it)")
-    for name in ("num_pictures", "vae_steps", "vae_batch_size", "unet_steps", "unet_batch_size", "save_steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    return args
+        error(f"--vae {args.vae}: not a pipeline folder with an autoencoder (no vae/config.json in it)")
 
 
 def make_tokenizer():
@@ -380,7 +392,8 @@ def make_pipeline(family, vae, model, tokenizer, scheduler):
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-def main(args):
+def main(args, error):
+    check_options(args, error)
     torch.manual_seed(args.seed)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -440,4 +453,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(*args_and_error)

@@ -33,7 +33,7 @@ def run(folder, *options):
     output = folder / "figures.json"
     small = ["--resolution", "32", "--train_batch_size", str(B), "--rounds", "1", "--steps", "1"]
     rivals = ["--inpo_steps", str(INPO_STEPS), "--inversion_dpo_steps", str(NODES)]
-    benchmark.main(benchmark.parse_args([*small, *rivals, "--output", str(output), *options]))
+    benchmark.main(*benchmark.parse_args([*small, *rivals, "--output", str(output), *options]))
     return json.loads(output.read_text())
 
 
@@ -251,7 +251,7 @@ def small_sdxl(monkeypatch):
     def part(name):
         return lambda: make_model("sdxl", make_tokenizer())[name]
 
-    small = Family(16, 8, [part("text_encoder"), part("text_encoder_2")], make_vae, part("unet"), True)
+    small = Family(8, [part("text_encoder"), part("text_encoder_2")], make_vae, part("unet"), True)
     monkeypatch.setitem(FAMILIES, "sdxl", small)
     return small
 
@@ -310,7 +310,7 @@ def test_wrong_options_end_with_2_and_one_line(options, name, capsys, monkeypatc
     monkeypatch.chdir(request.config.rootpath)
     monkeypatch.setattr(benchmark, "DEVICE", "cpu")
     with pytest.raises(SystemExit) as ended:
-        benchmark.parse_args(options)
+        benchmark.main(*benchmark.parse_args(options))
     assert ended.value.code == 2 and name in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -318,10 +318,10 @@ def test_reading_is_measured_on_drawn_pictures_and_on_pairs_of_one_s_own(tmp_pat
     for options in (["--image_size", "64"], ["--train_data_dir", str(pairs_dir), "--random_flip"]):
         output = tmp_path / f"{len(options)}.json"
         small = ["--resolution", "32", "--num_workers", "0", "--num_pairs", "4"]
-        benchmark_input.main([*small, *options, "--output", str(output)])
+        benchmark_input.main(*benchmark_input.parse_args([*small, *options, "--output", str(output)]))
         rate, parts = json.loads(output.read_text()).values()
         assert rate["0 workers"] > 0 and list(parts) == ["read", "decode", "resize and crop"]
         assert all(value > 0 for value in parts.values())
     with pytest.raises(SystemExit) as ended:
-        benchmark_input.main(["--train_data_dir", str(tmp_path / "nowhere")])
+        benchmark_input.main(*benchmark_input.parse_args(["--train_data_dir", str(tmp_path / "nowhere")]))
     assert ended.value.code == 2 and "--train_data_dir" in capsys.readouterr().err.splitlines()[-1]

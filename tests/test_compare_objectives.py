@@ -63,8 +63,8 @@ def test_a_run_from_training_to_the_plots(tmp_path):
         "--lengths", "4", "2", "--scales", "1", "--seeds", "3", "--num_pairs", "8", "--train_batch_size", "2",
         "--num_images", "2", "--workers", "1",
     ]  # fmt: skip
-    args = compare_objectives.parse_args(argv)
-    compare_objectives.main(args)
+    parsed = compare_objectives.parse_args(argv)
+    compare_objectives.main(*parsed)
     with (tmp_path / "runs.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert tuple(rows[0]) == compare_objectives.COLUMNS
@@ -82,11 +82,11 @@ def test_a_run_from_training_to_the_plots(tmp_path):
     for name in ("table.md", "frontier.png", "time.png"):
         assert (tmp_path / name).stat().st_size > 100
     assert not list((tmp_path / "work").glob("final-*"))
-    compare_objectives.main(args)
+    compare_objectives.main(*parsed)
     assert len((tmp_path / "runs.csv").read_text().splitlines()) == len(rows) + 1
     for wrong in (["--num_images", "5"], ["--betas", "1", "2"], ["--methods", "published_inpo", "--bands", "300"]):
         with pytest.raises(SystemExit):
-            compare_objectives.parse_args([*argv, *wrong])
+            compare_objectives.main(*compare_objectives.parse_args([*argv, *wrong]))
 
 
 def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_the_best_settings_and_bands_go_on(tmp_path, monkeypatch):
         "diffusers_script", "--learning_rates", "0.1", "0.3", "0.2", "--draws", "4", "--seeds", "0", "1",
     ]  # fmt: skip
     with pytest.raises(SystemExit, match="9 runs failed"):
-        compare_objectives.main(compare_objectives.parse_args(argv))
+        compare_objectives.main(*compare_objectives.parse_args(argv))
     assert [len(jobs) for jobs in done] == [3 * 9 + 3, 3 * 2 + 1, 2 * (3 + 2)]
     assert {job[3] for job in done[2]} == {
         *(Setting("inpo", band, 0.3, 1000.0, draws) for band in (0, 300) for draws in (0, 4)),
@@ -140,7 +140,7 @@ def test_the_rival_flips_winner_and_loser_apart():
 
 
 def test_rivals_are_tuned_as_far_as_they_have_options():
-    args = compare_objectives.parse_args(["--model", "m", "--output_dir", "o", "--quick"])
+    args, _ = compare_objectives.parse_args(["--model", "m", "--output_dir", "o", "--quick"])
     assert args.lengths == [30, 60, 120] and args.rungs == []
     own = compare_objectives.settings_to_tune(args, "diffusers_script", 0)
     assert own == [Setting("diffusers_script", 0, rate, 5000.0) for rate in args.learning_rates]

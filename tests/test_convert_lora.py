@@ -21,10 +21,8 @@ MODELS = {"sd": ("tiny_model", build_pipeline), "sdxl": ("tiny_sdxl_model", buil
 
 
 def convert(model, lora, form, output, *more):
-    convert_lora.main([
-        "--pretrained_model_name_or_path", str(model), "--lora", str(lora), "--format", form, "--output", str(output),
-        *more,
-    ])  # fmt: skip
+    words = ["--pretrained_model_name_or_path", model, "--lora", lora, "--format", form, "--output", output, *more]
+    convert_lora.main(*convert_lora.parse_args(list(map(str, words))))
     return output
 
 
@@ -298,7 +296,8 @@ def test_what_is_refused(changes, named, tiny_model, tiny_sdxl_model, tmp_path, 
     if options["pretrained_model_name_or_path"] == "sdxl":
         options["pretrained_model_name_or_path"] = tiny_sdxl_model
     with pytest.raises(SystemExit) as stop:
-        convert_lora.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        convert_lora.main(*convert_lora.parse_args(words))
     *_, message = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and f"error: {'argument ' if named == '--format' else ''}{named}" in message
     assert not (tmp_path / "new.safetensors").exists()

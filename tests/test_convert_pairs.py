@@ -37,6 +37,7 @@ from datasets import (
     ReadInstruction,
     Value,
 )
+from huggingface_hub import HfApi, constants
 from PIL import ExifTags
 from PIL import Image as PILImage
 
@@ -846,6 +847,21 @@ def test_from_the_command_line(tmp_path):
     assert_winners(tmp_path / "out", *EXPECTED)
     done = run(*paths, "--label_map", "-1=1", "1=0", HOME=str(tmp_path))
     assert done.returncode == 2 and "--output_dir" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_a_network_a_data_set_of_the_hub_fails_at_once(refused, monkeypatch):
+    """Half a minute of retries came before the message; the Hub is asked once."""
+    asked = []
+
+    def no_network(_, repo, repo_type, **__):
+        asked.append((repo, repo_type))
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "repo_info", no_network)
+    assert "--dataset_name some/data" in refused("some/data", name="--dataset_name")
+    assert constants.HF_HUB_OFFLINE and asked == [("some/data", "dataset")]
 
 
 def test_help_is_nothing_but_the_help():

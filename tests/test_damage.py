@@ -8,8 +8,12 @@ import make_pairs
 import numpy as np
 import pytest
 import small_world
+import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import save_file
 from test_small_world import MODEL
+
+from training_utils import LORA_FILE
 
 CAPTIONS = small_world.CAPTIONS
 
@@ -100,6 +104,21 @@ def test_the_recommended_scale_gains_most_within_the_limit():
     assert evaluate.recommend({0.25: result(0.1, 1.2)}) == 0.0
 
 
+def test_a_lora_that_does_not_fit_is_refused_before_anything_is_sampled_or_written(tmp_path, monkeypatch, capsys):
+    """diffusers leaves it out silently: every scale was like the base model."""
+    monkeypatch.setattr(evaluate, "sample_scales", lambda *_: pytest.fail("it was sampled"))
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"unet.{name}.lora_A.weight": torch.zeros(4, 64), f"unet.{name}.lora_B.weight": torch.zeros(64, 4)}
+    weights |= {key.replace("down", "no"): value.clone() for key, value in weights.items()}
+    save_file(weights, tmp_path / LORA_FILE)
+    argv = ["--model", MODEL, "--preference", "tone", "--lora", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(evaluate.parse_args(argv))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and f"--lora {tmp_path}: of its 2 modules 1 fit" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_evaluation_of_a_lora(train, tmp_path, capsys):
     """A LoRA that has hardly moved: every scale is like the base model, and the picture has a row for each label."""
     pairs = tmp_path / "pairs"
@@ -119,4 +138,4 @@ def test_the_evaluation_of_a_lora(train, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "scale" in printed and str(tmp_path / "judged" / "before_after.png") in printed
     with pytest.raises(SystemExit):
-        evaluate.parse_args(argv)
+        evaluate.main(evaluate.parse_args(argv))

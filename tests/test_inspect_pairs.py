@@ -20,7 +20,7 @@ def inspect(tmp_path):
     def run(rows, *options, output="look"):
         data = write_parquet(rows, tmp_path / f"pairs {len(list(tmp_path.iterdir()))}")
         options = ["--train_data_dir", data, "--output_dir", tmp_path / output, "--resolution", 32, *options]
-        inspect_pairs.main(list(map(str, options)))
+        inspect_pairs.main(*inspect_pairs.parse_args(list(map(str, options))))
         with Image.open(tmp_path / output / "pairs.png") as picture:
             return json.loads((tmp_path / output / "inspection.json").read_text()), np.asarray(picture)
 

@@ -39,11 +39,23 @@ def demo(picture, tmp_path, capsys):
         for name, value in options.items():
             argv += [f"--{name}", str(value)]
         capsys.readouterr()
-        inversion_demo.main(argv)
+        inversion_demo.main(*inversion_demo.parse_args(argv))
         lines = capsys.readouterr().out.splitlines()
         return {line[:17].strip(): line[17:] for line in lines}, tmp_path / output
 
     return run
+
+
+def test_what_the_model_predicts_can_be_said(demo, tmp_path):
+    model = shutil.copytree(MODEL, tmp_path / "v")
+    write_json(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    plain, wrong, right = (
+        demo(model, output, num_steps=4, **options)[0]["implied noise"]
+        for model, output, options in (
+            (MODEL, "1", {}), (model, "2", {}), (model, "3", {"prediction_type": "epsilon"})
+        )
+    )  # fmt: skip
+    assert plain == right != wrong
 
 
 @pytest.fixture

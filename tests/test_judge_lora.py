@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 
 import convert_lora
 import judge_lora
 import numpy as np
 import pytest
 import torch
-from conftest import build_pipeline, build_sdxl_pipeline
+from conftest import build_pipeline, build_sdxl_pipeline, write_json
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -62,7 +63,7 @@ def judged(tiny_model, lora_dir, tmp_path):
         for name, value in {**defaults, **options}.items():
             if value is not None:
                 argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        judge_lora.main(argv)
+        judge_lora.main(*judge_lora.parse_args(argv))
         return tmp_path / output
 
     return run
@@ -220,7 +221,7 @@ def test_what_it_prints_uses_the_lora_at_that_scale(judged, tiny_model, tmp_path
     assert (figures["recommended_lora"], figures["recommended_scale"]) == ("run", 0.5)
     assert "Recommended: run at scale 0.5" in (folder / "judge.html").read_text()
     (command,) = [line for line in out.splitlines() if "convert_lora.py" in line]
-    convert_lora.main(shlex.split(command)[2:])
+    convert_lora.main(*convert_lora.parse_args(shlex.split(command)[2:]))
     at_half, converted = (StableDiffusionPipeline.from_pretrained(tiny_model) for _ in range(2))
     code = [line.strip() for line in out.splitlines() if line.startswith("    pipe.")]
     exec("\n".join(code), {"pipe": at_half})
@@ -230,6 +231,23 @@ def test_what_it_prints_uses_the_lora_at_that_scale(judged, tiny_model, tmp_path
         for pipe in (at_half, converted)
     ]
     assert np.abs(samples[0] - samples[1]).max() < 1e-4
+
+
+def test_what_the_model_predicts_and_the_variant_of_its_files_can_be_said(judged, refused, tiny_model, tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    line = refused(base=tmp_path / "half")
+    assert f"--base {tmp_path / 'half'}: " in line and "--variant fp16" in line
+    model = shutil.copytree(tiny_model, tmp_path / "v")
+    write_json(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    folders = [
+        judged("1", base=model), judged("2", base=tmp_path / "half", variant="fp16", prediction_type="v_prediction"),
+        judged("3", base=tmp_path / "half", variant="fp16"),
+    ]  # fmt: skip
+    first, second, other = (pixels(folder, 0, 0) for folder in folders)
+    assert (first == second).all() and (first != other).any()
+    assert "--prediction_type" in refused(
+        output="3", base=tmp_path / "half", variant="fp16", prediction_type="epsilon"
+    )
 
 
 def test_one_prompt_has_no_interval_and_no_recommendation(judged, tmp_path):
@@ -386,7 +404,7 @@ def test_diversity_that_falls_is_said():
 
 
 def test_bad_input_is_refused_before_weights_load(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge_lora, "load_pipeline", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(judge_lora, "load_pipeline", lambda *_, **__: pytest.fail("weights were loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for options in (

@@ -33,6 +33,10 @@ def write_run(folder, num_steps=4, bands=(), loss_type=None):
     return folder
 
 
+def plot(words):
+    plot_metrics.main(*plot_metrics.parse_args(words))
+
+
 def lines(axes, style):
     return [line.get_ydata() for line in axes.lines if line.get_linestyle() == style]
 
@@ -55,7 +59,7 @@ def test_held_out_pairs_get_panels_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "without", bands=[])
     write_run(tmp_path / "with", bands=["0-99", "0-99"])
-    plot_metrics.main(["with", "without"])
+    plot(["with", "without"])
     (width, height), without = (Image.open(tmp_path / name / "report.png").size for name in ("with", "without"))
     assert without == (width, height * 2 // 3) and min(without) > 500
 
@@ -69,16 +73,16 @@ def test_a_run_whose_bands_changed_and_a_line_that_was_damaged(tmp_path):
 
 
 def test_a_name_that_would_be_a_formula(tmp_path):
-    plot_metrics.main([str(write_run(tmp_path / "$run_{$"))])
+    plot([str(write_run(tmp_path / "$run_{$"))])
     assert (tmp_path / "$run_{$" / "report.png").exists()
 
 
 def test_a_picture_of_this_program_is_replaced_and_nothing_else(tmp_path, capsys):
     run = write_run(tmp_path / "run")
-    plot_metrics.main([str(run)])
+    plot([str(run)])
     before = (run / "report.png").read_bytes()
     write_run(run)  # the run went on
-    plot_metrics.main([str(run)])
+    plot([str(run)])
     assert (run / "report.png").read_bytes() != before and str(run / "report.png") in capsys.readouterr().out
     for name, content in (("mine.png", "mine"), ("metrics.jsonl", None), ("drawn.png", "PNG")):
         file = run / name
@@ -88,7 +92,7 @@ def test_a_picture_of_this_program_is_replaced_and_nothing_else(tmp_path, capsys
             file.write_text(content)
         kept = file.read_bytes()
         with pytest.raises(SystemExit) as stop:
-            plot_metrics.main([str(run), "--output", str(file)])
+            plot([str(run), "--output", str(file)])
         assert stop.value.code == 2 and "--output" in capsys.readouterr().err and file.read_bytes() == kept
 
 
@@ -100,7 +104,7 @@ def test_what_is_refused(tmp_path, capsys):
     refused = {METRICS_FILE: ([tmp_path], [tmp_path / "nothing"], [empty]), "--output": (two, lost)}
     for named, argv in ((name, argv) for name in refused for argv in refused[name]):
         with pytest.raises(SystemExit) as stop:
-            plot_metrics.main([str(word) for word in argv])
+            plot([str(word) for word in argv])
         *_, message = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == 2 and "error: " in message and named in message
     assert not list(tmp_path.rglob("*.png"))

@@ -1,21 +1,27 @@
 """examples/sample_pairs.py: pairs from two models' pictures of the same prompts and seeds."""
 
 import io
+import shutil
+import subprocess
 import sys
 import weakref
 from pathlib import Path
 
+import convert_lora
 import make_pairs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import sample_pairs
 import torch
-from conftest import build_pipeline, build_sdxl_pipeline
+from conftest import ONE_THREAD, build_pipeline, build_sdxl_pipeline, command_line, write_json
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 import train_inversion_dpo
-from training_utils import LORA_FILE, add_lora, decode_image, load_pairs, lora_weights, write_lora
+from training_utils import LORA_FILE, add_lora, decode_image, load_pairs, lora_weights, write_kohya, write_lora
 
 ONE_MODEL = {"winner_model": None, "loser_model": None, "model": "no/such-model", "scorer": "clip"}
 PROMPTS = ["a red circle", "  a blue square  ", "", "a green heart"]
@@ -56,7 +62,8 @@ def sample(tiny_model, other_model, tmp_path):
             "num_inference_steps": 2, "batch_size": 2,
         }  # fmt: skip
         options = {name: value for name, value in {**defaults, **options}.items() if value is not None}
-        sample_pairs.main([str(part) for name, value in options.items() for part in (f"--{name}", value)])
+        words = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        sample_pairs.main(*sample_pairs.parse_args(words))
         return tmp_path / output
 
     return run
@@ -110,6 +117,95 @@ def test_a_model_with_and_without_a_lora(sample, tiny_model, tmp_path):
     plain = make_pairs.sample_pictures(make_pairs.load_pipeline(tiny_model), ["a red circle"], [0], 2, 7.5)[0]
     winner, loser = (pixels(image).astype(int) for image in pairs[0][:2])
     assert abs(loser - plain).max() <= 1 < abs(winner - plain).max()
+
+
+def made_of(kind, folder):
+    """A LoRA for the tiny model, or of another kind."""
+    pipeline = build_pipeline()
+    torch.manual_seed(1)
+    for weight in add_lora(pipeline.unet, 4):
+        torch.nn.init.normal_(weight)
+    unet, file = lora_weights(pipeline.unet), folder / "lora.safetensors"
+    if kind == "PEFT's folder":
+        convert_lora.write_peft(folder / "peft", unet)
+        return folder / "peft"
+    if kind == "kohya's names":
+        write_kohya(file, unet, pipeline.unet.config, "it", "epsilon", 32)
+        return file
+    pipeline.text_encoder.add_adapter(LoraConfig(r=4, target_modules=["q_proj"]))
+    weights = {f"unet.{name}": value for name, value in unet.items()}
+    text = {name: torch.ones_like(value) for name, value in get_peft_model_state_dict(pipeline.text_encoder).items()}
+    if kind == "a transformer's":
+        weights = {f"transformer.{name}": value for name, value in unet.items()}
+    elif kind == "16 of 56 modules":
+        weights = {name if "up_blocks.0" in name else name.replace("_blocks.", "_blocks.9", 1): value
+                   for name, value in weights.items()}  # fmt: skip
+    elif kind == "the text encoder's as well":
+        weights |= {f"text_encoder.{name}": value for name, value in text.items()}
+    elif kind == "another text encoder's":
+        weights |= {f"text_encoder_2.{name}": value for name, value in text.items()}
+    save_file(weights, file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"), [("diffusers' names", 56), ("kohya's names", 56), ("the text encoder's as well", 58)]
+)
+def test_a_lora_that_fits_is_loaded_and_its_modules_are_counted(kind, count, tiny_model, tmp_path, capsys):
+    pipelines = [make_pairs.load_pipeline(tiny_model) for _ in range(2)]
+    make_pairs.load_lora(pipelines[1], str(made_of(kind, tmp_path)))
+    assert f" {count} modules" in capsys.readouterr().out
+    before, after = (make_pairs.sample_pictures(pipeline, ["a cat"], [0], 2).astype(int) for pipeline in pipelines)
+    assert abs(before - after).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("PEFT's folder", "convert_lora.py"),
+        ("a transformer's", "for a transformer"),
+        ("16 of 56 modules", "of its 56 modules 16 fit"),
+        ("another text encoder's", "of its 58 modules 56 fit"),
+    ],
+)
+@pytest.mark.parametrize("option", ["lora", "winner_lora", "loser_lora"])
+def test_a_lora_that_does_not_fit_ends_the_program_before_anything_is_sampled_or_written(
+    option, kind, said, refused, tiny_model, tmp_path, monkeypatch
+):
+    """diffusers leaves out silently what does not fit: the pictures were those without the LoRA."""
+    monkeypatch.setattr(sample_pairs, "pictures_of", lambda *_: pytest.fail("it was sampled"))
+    (tmp_path / "taste.py").write_text("def light(image, prompt):\n    return 0\n")
+    one = {**ONE_MODEL, "model": tiny_model, "scorer": f"{tmp_path / 'taste.py'}:light"} if option == "lora" else {}
+    lora = made_of(kind, tmp_path)
+    line = refused(**one, **{option: lora})
+    assert line.startswith(f"--{option} {lora}: ") and said in line and not (tmp_path / "out").exists()
+
+
+def test_what_the_models_predict_can_be_said(sample, tiny_model, other_model, tmp_path):
+    """Their schedulers may be wrong."""
+    model = shutil.copytree(tiny_model, tmp_path / "v")
+    write_json(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    pictures = [
+        pixels(read_back(sample(output=str(i), winner_model=model, loser_model=other_model, **options))[0].winner)
+        for i, (model, options) in enumerate(
+            [(model, {}), (tiny_model, {"prediction_type": "v_prediction"}), (model, {"prediction_type": "epsilon"})]
+        )
+    ]
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] != pictures[2]).any()
+
+
+def test_libraries_say_nothing(tiny_model, tmp_path):
+    """Neither of torchvision, nor of each part that loads, nor that a LoRA is the U-Net's alone."""
+    (tmp_path / "prompts.txt").write_text("a cat")
+    options = {
+        "winner_model": tiny_model, "winner_lora": made_of("diffusers' names", tmp_path), "loser_model": tiny_model,
+        "prompts": tmp_path / "prompts.txt", "num_inference_steps": 1, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, sample_pairs.__file__, *command_line(**options)], env=ONE_THREAD, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 2)
 
 
 def test_sdxl(sample, tmp_path):

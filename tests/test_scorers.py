@@ -10,6 +10,7 @@ import scorers
 import small_world
 import torch
 from conftest import build_parts, random_image, write_parquet
+from huggingface_hub import HfApi, constants
 from PIL import Image
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
@@ -105,6 +106,23 @@ def test_what_is_no_scorer_is_refused_in_one_line(spec, named, tmp_path, monkeyp
     with pytest.raises(ValueError, match=named.replace(".", r"\.")) as problem:
         scorers.check_scorer(spec)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("name", ["parti", "hpdv2", "some/data:text"])
+def test_without_a_network_prompts_of_the_hub_fail_at_once(name, monkeypatch):
+    """Half a minute of retries came before the message."""
+    asked = []
+
+    def no_network(_, repo, repo_type, **__):
+        asked.append((repo, repo_type))
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "repo_info", no_network)
+    with pytest.raises(ValueError, match=f"--prompts {name}: cannot be read: "):
+        prompt_sources.read_prompts(name)
+    assert constants.HF_HUB_OFFLINE and {kind for _, kind in asked} == {"dataset"}
 
 
 def test_prompts_are_lines_names_and_columns(tmp_path):

@@ -66,3 +66,12 @@ def test_options_are_read_before_anything_slow_is_imported(script):
     assert sum(line.startswith("  --") for line in output.splitlines()) <= 82  # options
     code, output, errors, imported = run(script, "--learning_rat", "1")
     assert (code, output) == (2, "") and ": error: " in errors[-1] and not imported & SLOW
+
+
+TOOLS = sorted(file.name for file in (ROOT / "examples").glob("*.py") if "def parse_args" in file.read_text())
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_read_their_options_first_too(tool):
+    code, output, errors, imported = run(f"examples/{tool}", "--help")
+    assert (code, errors) == (0, []) and output.startswith("usage: ") and not imported & (SLOW - {"numpy", "PIL"})

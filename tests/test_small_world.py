@@ -64,7 +64,7 @@ def test_folders_that_are_not_there_are_told_with_the_nearest_name(program, tmp_
         words = {"--model": "model", "--preference": "area", "--output_dir": "out"}
         words |= {"--lora": "aligned"} if program is evaluate else {}
         with pytest.raises(SystemExit) as stop:
-            program.parse_args([word for pair in (words | {option: name}).items() for word in pair])
+            program.main(program.parse_args([word for pair in (words | {option: name}).items() for word in pair]))
         line = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and option in line and f"did you mean {tmp_path / near}?" in line
 
@@ -74,7 +74,7 @@ def test_a_file_for_a_folder_is_told_before_pictures_are_sampled(program, tmp_pa
     (tmp_path / "file").write_text("mine")
     argv = ["--model", MODEL, "--preference", "area", "--output_dir", str(tmp_path / "file")]
     with pytest.raises(SystemExit) as stop:
-        program.parse_args([*argv, *(["--lora", MODEL] if program is evaluate else [])])
+        program.main(program.parse_args([*argv, *(["--lora", MODEL] if program is evaluate else [])]))
     line = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "--output_dir" in line and "is a file" in line
 
@@ -192,8 +192,8 @@ def test_an_sdxl_pipeline_trains_and_samples_as_it_was_trained(tmp_path):
     argv = ["--family", "sdxl", "--output_dir", str(output_dir), "--num_pictures", "30", "--unet_steps", "2",
             "--unet_batch_size", "4"]  # fmt: skip
     with pytest.raises(SystemExit):
-        train_small_world.parse_args([*argv, "--vae", str(tmp_path)])
-    train_small_world.main(train_small_world.parse_args([*argv, "--vae", MODEL]))
+        train_small_world.main(*train_small_world.parse_args([*argv, "--vae", str(tmp_path)]))
+    train_small_world.main(*train_small_world.parse_args([*argv, "--vae", MODEL]))
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(output_dir, local_files_only=True)
     model = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
