@@ -228,8 +228,10 @@ def read_configs(args, note):
     """Returns noise scheduler, pipeline's configuration, tokenizers, the model's identity, and the initial LoRA."""
     model, (vae_option, vae_path, vae_options) = args.pretrained_model_name_or_path, vae_location(args)
     source, pipeline_config = f"{MODEL} {model}", {}
-    utils.find_model(MODEL, model, args.revision, note)
-    utils.find_model(vae_option, vae_path, None if vae_path != model else args.revision, note)
+    utils.find_model(MODEL, model, args.revision, note, cache_dir=args.cache_dir)
+    for option, value in {vae_option: vae_path, "--lora_init": args.lora_init or model}.items():
+        if value != model:
+            utils.find_model(option, value, None, note, cache_dir=args.cache_dir)
     if Path(model).is_file():
         convert = f"diffusers.{PIPELINE}.from_single_file({model!r}).save_pretrained('my-model')"
         raise ValueError(f'{source} is a single file; make a folder of it: python -c "import diffusers; {convert}"; '
@@ -386,7 +388,7 @@ def predict_noise(unet, x_t, timesteps, cond, alphas_cumprod, prediction_type, w
 
 
 def start(args):
-    """Returns the accelerator and the dtype of the frozen weights; ValueError if an option needs a GPU in vain."""
+    """Returns the accelerator and the dtype of the frozen weights; ValueError if one lacks a GPU that it needs."""
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -437,7 +439,7 @@ def make_lr_scheduler(args, optimizer, max_train_steps, last_epoch=-1):
 
 @torch.no_grad()
 def check_prediction_type(prediction_type, encode, batch, base, predict, alphas_cumprod, seed):
-    """Warns if the model seems to predict something else, by a batch of a pair.
+    """Warns if the model seems to predict something else, on one pair.
 
     Read as the other type, the reference's error at forward noise is then lower at every one of five levels.
     """
@@ -445,10 +447,11 @@ def check_prediction_type(prediction_type, encode, batch, base, predict, alphas_
     noise = to_device(utils.forward_noise([(0, 0)], seed, (5, *latents.shape[1:])), latents.device)
     timesteps = to_device(timesteps[:, None].repeat(1, 2), latents.device)
     x_t = add_noise(latents, noise, timesteps, alphas_cumprod).flatten(0, 1)
-    cond, errors = {name: value.repeat(5, *[1] * (value.ndim - 1)) for name, value in cond.items()}, {}
+    cond = {name: value.repeat(5, *[1] * (value.ndim - 1)) for name, value in cond.items()}
+    with utils.reference_policy(base):
+        output, errors = predict(base, x_t, timesteps.flatten(), cond, "epsilon"), {}  # as the model gives it
     for kind in PREDICTION_TYPES:
-        with utils.reference_policy(base):
-            predicted = predict(base, x_t, timesteps.flatten(), cond, kind).view_as(noise)
+        predicted = noise_from_model_output(output, x_t, timesteps.flatten(), alphas_cumprod, kind).view_as(noise)
         errors[kind] = prediction_error(predicted, noise).mean(1)
     (other,) = {*PREDICTION_TYPES} - {prediction_type}
     if (errors[other] < errors[prediction_type]).all():
@@ -517,7 +520,7 @@ def main(args, refuse):
         last = progress.visit + pairs_per_step * (max_train_steps - progress.step)
         cache, batches = utils.open_cache(args, accelerator, pairs, settings, progress.visit, last, warn)
         repo_id = utils.create_hub_repo(args) if args.push_to_hub and not args.precompute_only else None
-        lock = utils.lock_output_dir(output_dir)
+        lock = utils.lock_output_dir(output_dir, accelerator.is_main_process)
         utils.check_output_dir(output_dir, checkpoint, args.resume_from_checkpoint)  # used by now?
         has_encoders = not cache or bool(batches or args.num_eval_pairs or args.validation_prompts)
         text_encoders, vae, base, parameters = load_models(args, device, weight_dtype, lora_init, has_encoders)
@@ -702,10 +705,10 @@ def main(args, refuse):
             if bad_steps_in_a_row == MAX_BAD_STEPS or (is_last and not progress.good_steps):
                 reason = "loss or gradient are not finite" if usable_share else utils.NOT_FINITE
                 remedy = "a lower --learning_rate, another --mixed_precision or --pretrained_vae_model_name_or_path"
-                raise RuntimeError(f"{bad_steps_in_a_row} bad steps in a row: {reason}. Try {remedy}")
+                raise utils.Verdict(f"{bad_steps_in_a_row} bad steps in a row: {reason}. Try {remedy}")
             has_moved = has_moved or logs["grad_norm"] > 0
             if progress.good_steps == 10 and not has_moved:
-                raise RuntimeError("after 10 steps the LoRA is unchanged: do winner and loser differ in any pair?")
+                raise utils.Verdict("after 10 steps the LoRA is unchanged: do winner and loser differ in any pair?")
             if is_stopping or is_last or step % args.checkpointing_steps == 0:
                 progress.skipped.update(gather_object(list(progress.skipped.items())))
                 utils.save_checkpoint(accelerator, output_dir, progress, args.checkpoints_total_limit)

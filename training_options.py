@@ -27,7 +27,7 @@ def one_line(error: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns a text on one line, in which nothing is left of escape sequences, such as data may hold, but letters."""
+    """Returns a text on one line, without control characters, of which data may hold escape sequences."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
@@ -76,8 +76,8 @@ def missing_folder(value: str, was_asked_for=False) -> str:
 class Parser(argparse.ArgumentParser):
     """Reads options as argparse does, after those of the file that `--config` names, so that the command line wins.
 
-    The file is YAML, options by name, or a run's `training_config.json`. Dashes stand for underscores, too. Of any
-    other option that there is not, the message says what was meant.
+    The file is YAML, options by name, or a run's `training_config.json`. Dashes stand for underscores, too. For
+    an unknown option, the message suggests the nearest one.
     """
 
     def __init__(self, **options):
@@ -112,7 +112,9 @@ class Parser(argparse.ArgumentParser):
                 if near.replace("-", "_") != name.replace("-", "_"):
                     self.error(f"there is no option {name}" + (f"; did you mean {near}?" if near else ""))
                 action, words[i] = known[near], near + has_value + value
-            follows = value or (words[i + 1] if i + 1 < len(words) else "")
+            follows = value if has_value else " ".join(words[i + 1 : i + 2])
+            if action and action.type is os.path.expanduser and not follows.strip():
+                self.error(f"{name} is empty; is a shell variable not set?")
             if isinstance(action, argparse.BooleanOptionalAction) and (
                 has_value or follows.lower() in ("true", "false", "yes", "no", "1", "0")
             ):

@@ -78,7 +78,7 @@ def load_pairs(args: argparse.Namespace) -> "PreferencePairs":
     if problem := missing_folder(data) or (args.train_data_dir and not Path(data).is_dir() and "it is not a folder"):
         raise ValueError(f"{source}: {missing_folder(data, was_asked_for=True) or problem}")
     if args.dataset_name:
-        find_model("--dataset_name", data, repo_type="dataset")
+        find_model("--dataset_name", data, repo_type="dataset", cache_dir=args.cache_dir)
     try:
         if (Path(data) / "state.json").exists() or (Path(data) / "dataset_dict.json").exists():
             rows = load_saved(data, split)
@@ -274,9 +274,15 @@ def to_srgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # PIL's own error and others, of profiles and of modes that do not fit them
         profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
         if "sRGB" not in ImageCms.getProfileDescription(profile):
-            mode = "RGBA" if image.has_transparency_data else "RGB"
-            image = image.convert(mode) if image.mode in ("P", "PA") else image
-            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+            plain = {"LA": "L", "PA": "RGB", "P": "RGB", "RGBA": "RGB"}.get(image.mode, image.mode)
+            plain = ImageCms.profileToProfile(
+                image.convert(plain), profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            plain.info.pop("transparency", None)  # a colour of before
+            if alpha:
+                plain.putalpha(alpha)
+            return plain
     return image
 
 
@@ -648,32 +654,43 @@ def fingerprint(model: str, commit: str | None) -> str:
     return checksum(json.dumps(listing).encode())
 
 
-def find_model(option: str, model: str, revision=None, note=warnings.warn, repo_type="model") -> None:
+def find_model(option: str, model: str, revision=None, note=None, repo_type="model", cache_dir=None) -> None:
     """Raises ValueError if a model is neither here nor on the Hub; without a network, `note` is told, once for all."""
     if problem := missing_folder(model):
         raise ValueError(f"{option} {model}: {problem}")
-    if Path(model).exists() or constants.HF_HUB_OFFLINE:
+    if Path(model).exists():
         return
+    path = missing_folder(model, was_asked_for=True)  # it may have been one
     try:
-        HfApi().repo_info(model, revision=revision, repo_type=repo_type, timeout=10)
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().repo_info(model, revision=revision, repo_type=repo_type, timeout=10)
+            return
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        reason = missing_folder(model, was_asked_for=True) or f"it is not on the Hub, or private: {one_line(error)}"
+        reason = path or f"it is not on the Hub, or private: {one_line(error)}"
         if isinstance(error, errors.GatedRepoError):
             reason = "accept its licence on the Hub, and log in with `hf auth login`"
         raise ValueError(f"{option} {model}: {reason}") from error
     except Exception as error:  # networks fail in many kinds
+        note = note or logging.getLogger("training").warning
         note(f"the Hub cannot be reached ({one_line(error)}); only what was downloaded before is used")
         os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+    downloaded = Path(cache_dir or constants.HF_HUB_CACHE, f"{repo_type}s--{model.replace('/', '--')}")
+    if path and not downloaded.exists():
+        raise ValueError(f"{option} {model}: {path}")
 
 
 def load_part(kind, option: str, path: str, warn: Callable[[str], None], **options):
     """Returns a frozen part of a model, whole and finite, or raises ValueError with the option, part and weight."""
     name = f"{option} {path}: {options.get('subfolder') or 'the VAE'}"
     try:
+        options["ignore_mismatched_sizes"] = True  # they are named below
         part, info = kind.from_pretrained(path, output_loading_info=True, **options)
     except Exception as error:  # damaged files fail in many kinds
-        hint = ". Does it exist with --variant fp16 only?" if "file named" in str(error) else ""
+        hint = ". Try it without --variant" if options.get("variant") else ". Does it exist with --variant fp16 only?"
+        hint = hint if "file named" in str(error) else ""
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}{hint}") from error
+    if other := sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name} has {len(other)} weights of another shape, such as {other[0][0]}")
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
     if unexpected := sorted(info["unexpected_keys"]):
@@ -1025,9 +1042,9 @@ def check_output_dir(output_dir: str | Path, checkpoint: Path | None, resume_fro
         raise ValueError(f"--output_dir {output_dir} is a file")
 
 
-def lock_output_dir(output_dir: str | Path):
+def lock_output_dir(output_dir: str | Path, is_main_process=True):
     """Returns what keeps a folder to this run and its processes; ValueError if it is in use or not writable."""
-    if os.environ.get("RANK", "0") != "0":  # as launchers say it
+    if not is_main_process:
         return None
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -1050,13 +1067,16 @@ def stage(line: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, what a full disk raises is a RuntimeError that names the file and the way to go on."""
+    """Within it, an error of the disk is a RuntimeError that names the file and the way to go on."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch says "file write failed"
-        free = f"{shutil.disk_usage(path.parent).free >> 20} MiB are free"
-        remedy = "Make room and go on with --resume_from_checkpoint latest"
-        raise RuntimeError(f"{path} cannot be written, {free}: {one_line(error)}. {remedy}") from error
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and "writ" not in str(error):  # torch says "file write failed"
+            raise
+        free, advice = "", "Go on with --resume_from_checkpoint latest"
+        with contextlib.suppress(OSError):
+            free = f", {shutil.disk_usage(path.parent).free >> 20} MiB are free"
+        raise RuntimeError(f"{path} cannot be written{free}: {one_line(error)}. {advice}") from error
 
 
 def add_metrics(file: Path, *rows: dict[str, float], mode="a") -> None:
@@ -1116,12 +1136,15 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def rescue(
-    accelerator, output_dir: Path, progress: Progress, is_between_steps: bool, error: Exception, logger
-) -> None:
+class Verdict(RuntimeError):
+    """What the loop raises of a run that is not worth going on with."""
+
+
+def rescue(accelerator, output_dir: Path, progress: Progress, is_between_steps: bool, error: Exception, logger):
     """Saves a run that an error ends between two steps, if it is of one process, or else names the last checkpoint."""
     step = progress.step
-    for _ in range(2 if accelerator.num_processes == 1 and is_between_steps and step else 0):
+    is_alone, is_worth_it = accelerator.num_processes == 1, step and not isinstance(error, Verdict)
+    for _ in range(2 if is_alone and is_between_steps and is_worth_it else 0):
         with contextlib.suppress(Exception):  # of the disk or the device; or torch names a killed worker a second time
             if not (output_dir / f"checkpoint-{step}").exists():
                 save_checkpoint(accelerator, output_dir, progress, None)
@@ -1298,6 +1321,8 @@ def save_results(
     began, logger,
 ) -> int:  # fmt: skip
     """Writes what a finished run leaves, and uploads it if asked to; returns the exit code."""
+    if not progress.good_steps:
+        raise Verdict("no step of this run was good; there is nothing to save")
     folder, files = Path(args.output_dir), []
     name, lora = folder.resolve().name, lora_weights(denoiser)
     with writing(folder / LORA_FILE):
@@ -1329,7 +1354,7 @@ def save_results(
         (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / CARD_FILE).write_text(model_card(record, name, pictures, repo_id), encoding="utf-8")
     judge = ["--base", args.pretrained_model_name_or_path, "--lora", str(folder), "--prompts", "everyday"]
-    judge = shlex.join(["python", "examples/judge_lora.py", *judge, "--output_dir", f"{folder}-judged"])
+    judge = shlex.join(["python", "examples/judge_lora.py", *judge, "--output_dir", f"{name}-judged"])
     kohya = KOHYA_FILE if args.output_kohya_format else "add --output_kohya_format"
     minutes = (time.monotonic() - began) / 60
     pictures = folder / VALIDATION_DIR if files else "add --validation_prompts"

@@ -58,8 +58,9 @@ def test_a_second_run_is_refused_until_the_first_one_has_died(refused, no_models
             message = refused(**options)
             assert "--output_dir" in message and "in use" in message
         assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
-        monkeypatch.setenv("RANK", "1")
-        assert lock_output_dir(folder) is None  # the main process of a run locks for all
+        assert lock_output_dir(folder, is_main_process=False) is None  # the main process of a run locks for all
+        monkeypatch.setenv("RANK", "1")  # which alone says nothing
+        assert "in use" in refused()
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

@@ -550,6 +550,14 @@ def profile_of(gamma):
     return bytes(profile)
 
 
+def test_transparency_outlives_a_profile():
+    """Red that is declared transparent is white, with a profile and without one."""
+    red = PILImage.new("RGB", (32, 32), (255, 0, 0))
+    for options in ({}, {"icc_profile": profile_of(1.0)}):
+        pixels = np.asarray(decode_image(encode(red, transparency=(255, 0, 0), **options)), int)
+        assert pixels[16, 16].tolist() == [255, 255, 255]
+
+
 @pytest.mark.parametrize(("mode", "image_format"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("RGB", "JPEG")])
 def test_colours_are_those_that_browsers_show(mode, image_format):
     """A gamma of 1: what is stored as 128 is seen as 188."""

@@ -35,7 +35,7 @@ def test_a_script_and_its_helpers_can_be_read_in_one_sitting():
     Counted together, since nothing gets shorter by being moved. Raise a limit only for what every run needs. It was
     2,600 before models were read for missing weights and a wrong prediction type, mistyped options and paths were
     guessed, colour profiles counted, errors in the loop cost no step, and the log told the stages."""
-    assert lines_of("train_inversion_dpo.py", *HELPERS) <= 2820
+    assert lines_of("train_inversion_dpo.py", *HELPERS) <= 2850
     assert lines_of("inversion_utils.py") <= 470  # the method
 
 

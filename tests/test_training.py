@@ -369,4 +369,4 @@ def test_a_run_without_one_good_step_fails(train, tmp_path, monkeypatch):
     monkeypatch.setattr(train_inversion_dpo, "preference_loss", spoilt)
     with pytest.raises(RuntimeError, match="2 bad steps in a row"):
         train(**QUICK, max_train_steps=2)
-    assert not (tmp_path / "run" / LORA_FILE).exists()
+    assert not (tmp_path / "run" / LORA_FILE).exists() and not list((tmp_path / "run").glob("checkpoint-*"))
