@@ -74,6 +74,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import numpy as np
 import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm.auto import tqdm
 
 from training_utils import LONGEST_CAPTION, BadRow, decode_image, find_model, load_pairs
 
@@ -113,7 +114,8 @@ class Look(NamedTuple):
 def look_at(pairs, sample_size, num_shown, seed):
     """Returns a `Look` at each pair of a random sample, and the counted reasons why others cannot be opened."""
     looks, reasons = [], Counter()
-    for place in np.random.default_rng(seed).permutation(len(pairs))[:sample_size]:
+    places = np.random.default_rng(seed).permutation(len(pairs))[:sample_size]
+    for place in tqdm(places, "Looking at pairs", disable=None):
         try:
             pair = pairs[int(place)]
             images = [decode_image(pair.winner), decode_image(pair.loser)]

@@ -18,7 +18,7 @@ if ! .venv/bin/python -c "$usable" 2>/dev/null; then
     echo "Making .venv with $("$python" --version)"
     "$python" -m venv .venv
 fi
-echo "Installing $(echo requirements.txt "$@")"
+echo "Installing $(echo requirements.txt "$@"): on a new machine a download of some GB, 2 with torch for CPUs, into .venv"
 requirements=(-r requirements.txt)
 for file in "$@"; do requirements+=(-r "$file"); done
 .venv/bin/python -m pip install --quiet --disable-pip-version-check "${requirements[@]}" -c constraints.txt

@@ -121,7 +121,7 @@ def commands():
                   for line in re.sub(r"\\\n\s*", " ", code).splitlines()]  # fmt: skip
         for line in [*blocks, *fenced, *inline]:
             if match := re.search(r"(?:python3?|accelerate launch|torchrun) .*?(?:examples/)?(\w+\.py)(.*)", line):
-                options = shlex.split(match[2].split(" #")[0])
+                options = shlex.split(re.split(r" [#>|]", match[2])[0])
                 if match[1] in (*SCRIPTS, *TOOLS) and options and not {"...", "--help"} & set(options):
                     found.append((match[1], options))
     return found
