@@ -332,11 +332,11 @@ def test_an_error_between_steps_costs_no_step(train, tmp_path, monkeypatch, capl
 
 
 def test_an_error_within_a_step_names_the_last_checkpoint(train, tmp_path, monkeypatch, caplog):
-    """Half a step is in the weights then, and they are not saved."""
-    monkeypatch.setattr(AcceleratedOptimizer, "step", failing(AcceleratedOptimizer.step, 3))
+    """Half a step may be in the weights then, and they are not saved."""
+    monkeypatch.setattr(AcceleratedOptimizer, "step", failing(AcceleratedOptimizer.step, 4))
     with pytest.raises(RuntimeError, match="out of memory"):
-        train(**QUICK, max_train_steps=4, checkpointing_steps=1)
-    assert {folder.name for folder in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+        train(**QUICK, max_train_steps=5, checkpointing_steps=2)
+    assert [folder.name for folder in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert any("go on from checkpoint-2" in record.getMessage() for record in caplog.records)
 
 
