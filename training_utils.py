@@ -780,8 +780,6 @@ def read_lora(path: str | Path, denoiser, part: str, cache_dir=None) -> dict[str
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
 
-    if problem := missing_folder(str(path)):
-        raise ValueError(problem)
     try:
         file = Path(path, LORA_FILE) if Path(path).is_dir() else path
         file = file if Path(path).exists() else hf_hub_download(str(path), LORA_FILE, cache_dir=cache_dir)
